@@ -32,7 +32,9 @@ PREFILL = (
     # work_counter int32 (2,): the dynamic scheduler's, zero before a launch and left zero by it.
     _operands("pointer", "q k v out lse threshold cu_seqlens_q cu_seqlens_k tile_counts skip_map work_counter")
     # seqlen_q and seqlen_k are max_seqlen_q and max_seqlen_k for varlen; total_* are the packed token counts,
-    # batch * seqlen otherwise.
+    # batch * seqlen otherwise. window_left and window_right (mask "band") lie in [0, seqlen_k] and
+    # [0, seqlen_q]; those bounds are exact for an unbounded side, and q_idx + seqlen_k + window_right fits int32.
+    # map_rows = ceil(seqlen_q / geometry.tile_rows), map_cols = ceil(seqlen_k / geometry.tile_n).
     + _operands("int32", "batch heads_q heads_kv seqlen_q seqlen_k total_q total_k window_left window_right")
     + _operands("int32", "threshold_stride_batch threshold_stride_head map_rows map_cols")
     # *_stride_batch is 0 for varlen

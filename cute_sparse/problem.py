@@ -52,3 +52,78 @@ class Problem:
             value = getattr(self, name)
             if value % HEAD_DIM_MULTIPLE or not 0 < value <= HEAD_DIM_MAX:
                 raise ValueError(f"{name}={value} must be a multiple of {HEAD_DIM_MULTIPLE} up to {HEAD_DIM_MAX}")
+
+
+@dataclass(frozen=True)
+class TileGeometry:
+    """Which rows decide together, over which KV tiles, in which order: what a kernel and the oracle must share.
+
+    tile_m     query rows whose CTA (or cluster) walks one common range of KV tiles: every KV tile in which
+               any of these rows may see a key is visited by all of them
+    tile_rows  query rows that must agree before a tile is skipped (a warpgroup's 64 on Hopper, a query
+               tile's 128 on Blackwell); divides tile_m. One such group is one row of the skip map
+    tile_n     keys per KV tile; tile i covers keys [i * tile_n, (i + 1) * tile_n)
+    order      "descending": from the last KV tile of the range to the first; "ascending": the reverse
+
+    The skip rule, for one group of tile_rows and one KV tile. The first tile of the range is kept. Any other
+    tile is skipped if every row of the group inside the sequence votes for it. A row votes for the skip if
+    its tile maximum is -inf (it sees no key there), or if tile_max - row_max < ln(lambda), strictly, where
+    row_max is the true maximum over the row's kept tiles before this one (a row that has seen no key yet
+    has row_max = -inf and votes to keep what it sees). A NaN in the row's visible scores votes to keep.
+    A group wholly outside the sequence is neither decided, nor counted, nor in the skip map.
+    """
+
+    tile_m: int
+    tile_rows: int
+    tile_n: int
+    order: Literal["descending", "ascending"] = "descending"
+
+    def __post_init__(self) -> None:
+        if self.tile_rows <= 0 or self.tile_n <= 0 or self.tile_m <= 0 or self.tile_m % self.tile_rows:
+            raise ValueError(f"{self}: sizes must be positive and tile_m a multiple of tile_rows")
+        if self.order not in ("descending", "ascending"):
+            raise ValueError(f'order={self.order!r} must be "descending" or "ascending"')
+
+
+def head_dim_feature(head_dim: int, head_dim_v: int) -> str:
+    """The feature name of a pair of head dims: "head_dim:128", or "head_dim:192/128" where they differ."""
+    return f"head_dim:{head_dim}" if head_dim == head_dim_v else f"head_dim:{head_dim}/{head_dim_v}"
+
+
+def required(problem: Problem) -> frozenset[str]:
+    """The features a kernel must have in its `SUPPORTS` (a frozenset of these names) to compute `problem`.
+
+    dtype:bfloat16 dtype:float16; head_dim:<d> or head_dim:<d>/<dv> (`head_dim_feature`); mask:full
+    mask:causal mask:band; varlen; softcap; sparsity:threshold; lse; stats. The dense kernel needs none
+    of the last five. GQA, ragged lengths, rows without keys and empty batches are not features: every
+    kernel has them.
+    """
+    features = {f"dtype:{problem.dtype}", head_dim_feature(problem.head_dim, problem.head_dim_v)}
+    features.add(f"mask:{problem.mask}")
+    if problem.sparsity is not None:
+        features.add(f"sparsity:{problem.sparsity}")
+    optional = {"varlen": problem.varlen, "softcap": problem.softcap}
+    optional |= {"lse": problem.return_lse, "stats": problem.return_stats}
+    return frozenset(features | {name for name, wanted in optional.items() if wanted})
+
+
+class UnsupportedProblem(NotImplementedError):
+    """A kernel was asked for features it does not have; the message names them and what there is instead."""
+
+
+def check_supported(problem: Problem, supports: frozenset[str], kernel: str) -> None:
+    """Raise `UnsupportedProblem` naming each feature of `problem` that is not in `supports`."""
+    missing = required(problem) - supports
+    if not missing:
+        return
+    kinds = {name.split(":")[0] for name in missing}
+    alternatives = sorted((name for name in supports if name.split(":")[0] in kinds), key=_feature_order)
+    raise UnsupportedProblem(
+        f"{kernel} {problem.kind} does not support {', '.join(sorted(missing, key=_feature_order))}; "
+        f"it supports {', '.join(alternatives) or 'nothing of that kind'}"
+    )
+
+
+def _feature_order(name: str) -> tuple[str, list[int], str]:
+    kind, _, value = name.partition(":")
+    return kind, [int(number) for number in value.split("/") if number.isdigit()], value
