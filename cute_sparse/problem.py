@@ -69,7 +69,8 @@ class TileGeometry:
     tile is skipped if every row of the group inside the sequence votes for it. A row votes for the skip if
     its tile maximum is -inf (it sees no key there), or if tile_max - row_max < ln(lambda), strictly, where
     row_max is the true maximum over the row's kept tiles before this one (a row that has seen no key yet
-    has row_max = -inf and votes to keep what it sees). A NaN in the row's visible scores votes to keep.
+    has row_max = -inf and votes to keep what it sees). Maxima propagate NaN: from its first NaN score on,
+    a row votes to keep every tile in which it sees a key.
     A group wholly outside the sequence is neither decided, nor counted, nor in the skip map.
     """
 
