@@ -1,0 +1,38 @@
+// Checked access to the memory spaces, and the stamps by which accesses enter the race detector.
+#pragma once
+#include "machine.h"
+
+namespace emu {
+
+// Who performs an asynchronous access: the actor and epoch that a later wait will learn of.
+struct Stamp {
+  ActorId actor = 0;
+  uint32_t epoch = 0;
+  Proxy proxy = Proxy::async;
+};
+
+// Host pointer to `bytes` of shared memory at a 32-bit shared address (any CTA of the cluster). Fails through the
+// warp on bounds and alignment. Does not enter the race detector.
+uint8_t* shared_at(Warp& warp, uint32_t address, uint32_t bytes, uint32_t align, int lane = -1);
+// The same for global memory: `write` needs a writable range.
+uint8_t* global_at(Warp& warp, uint64_t address, uint64_t bytes, uint32_t align, bool write, int lane = -1);
+
+constexpr uint32_t SHARED_GRANULE_BYTES = 4;
+
+// An ordinary (generic proxy) access by the warp's executing lanes: race check, uninitialised check, recorded.
+void touch_shared(Warp& warp, uint32_t address, uint32_t bytes, bool write, bool atomic = false, int lane = -1);
+void touch_global(Warp& warp, uint64_t address, uint64_t bytes, bool write, bool atomic = false, int lane = -1);
+// An access that an asynchronous operation issued by `warp` will perform. Called at issue, with the footprint;
+// ordered behind what the warp knows, and (for reads) behind fence.proxy.async for generic writes.
+void touch_shared_async(Warp& warp, const Stamp& stamp, uint32_t address, uint32_t bytes, bool write);
+void touch_global_async(Warp& warp, const Stamp& stamp, uint64_t address, uint64_t bytes, bool write,
+                        bool atomic = false);
+
+// Raises the ErrorKind that a conflict stands for, with both sides in the message.
+[[noreturn]] void report(Warp& warp, const Conflict& conflict, const char* space, int lane);
+
+// Release and acquire by a warp: `release` returns the clock to publish and advances the warp's epoch.
+Clock release(Warp& warp);
+void acquire(Warp& warp, const Clock& clock);
+
+}  // namespace emu
