@@ -26,7 +26,8 @@ def _operands(type: OperandType, names: str) -> tuple[Operand, ...]:
 PREFILL = (
     # q (batch, seqlen_q, heads_q, head_dim) or (total_q, heads_q, head_dim); k, v, out likewise;
     # lse fp32 (batch, heads_q, seqlen_q) or (heads_q, total_q), contiguous;
-    # threshold fp32 lambda, 0 where the scalar threshold_log2 holds; cu_seqlens int32 (batch + 1,);
+    # threshold fp32 lambda, 0 where the scalar threshold_log2 holds; its values are unchecked on a GPU: above 1
+    # counts as 1, NaN or not positive never skips; cu_seqlens int32 (batch + 1,);
     # tile_counts int32 (2, batch, heads_q): kept, visited, zeroed by the caller;
     # skip_map uint8 (batch, heads_q, map_rows, map_cols): 0 not visited, 1 kept, 2 skipped; zeroed by the caller;
     # work_counter int32 (2,): the dynamic scheduler's, zero before a launch and left zero by it.

@@ -219,6 +219,7 @@ def test_a_nan_score_keeps_its_tile_and_a_row_with_one_keeps_all_after_it(where)
     (q if where == "q" else k)[0, 5, 0, 0] = math.nan  # row 5, or key 5 of tile 0
     got = reference.attention(q, k, v, softmax_scale=1.0, threshold=torch.tensor(0.9), geometry=SMALL)
     assert got.skip_map[0, 0, 0].tolist() == ([1, 1, 1] if where == "q" else [1, 2, 1])
+    assert got.margin[0, 0, 0, 0] == math.inf
 
 
 def test_varlen_equals_each_sequence_alone():
