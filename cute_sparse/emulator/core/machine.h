@@ -59,6 +59,7 @@ struct Instr {
   uint32_t guard = NO_GUARD;  // slot of the guard predicate
   bool guard_negated = false;
   bool aligned = false;  // .sync/.aligned: every live lane of the warp must execute it together
+  bool moves = false;    // a plain copy: hands on whether its sources were written, instead of demanding it
   uint32_t d[2] = {0, 0};              // destination slots
   uint32_t s[5] = {0, 0, 0, 0, 0};     // source slots
   int64_t offset = 0;                  // of an address operand
@@ -88,6 +89,7 @@ struct Builder {
   Program& program;
   const Statement& statement;
   Instr& out;
+  std::vector<uint32_t> pending_writes, pending_list;  // appended to Program::slot_lists by finish()
 
   // Source operand -> slot. A register is added to the checked reads; an immediate or a fixed special register
   // becomes a constant slot. `wide`: the instruction reads it as 64 bits. f32/f64 literals follow `type`.
@@ -113,6 +115,7 @@ struct Builder {
   // Label -> code index (labels are resolved to statement indexes, which are code indexes).
   uint32_t target(const Operand& op) const;
   [[noreturn]] void fail(const std::string& why) const;
+  void finish();  // called once the family has decoded the statement
 };
 
 // Returns false if the opcode is not this family's (it is then unknown unless another family takes it).
@@ -161,6 +164,18 @@ struct Tally {  // per warp; instruction counts come from issued/executed
   uint64_t shared_bytes_read = 0, shared_bytes_written = 0;
   uint64_t global_bytes_read = 0, global_bytes_written = 0;
   std::unordered_map<std::string, uint64_t> macs;  // by kind: "wgmma.bf16", "tcgen05.f16", ...
+
+  Tally& operator+=(const Tally& other) {
+    tma_bytes_loaded += other.tma_bytes_loaded;
+    tma_bytes_stored += other.tma_bytes_stored;
+    tma_bytes_reduced += other.tma_bytes_reduced;
+    shared_bytes_read += other.shared_bytes_read;
+    shared_bytes_written += other.shared_bytes_written;
+    global_bytes_read += other.global_bytes_read;
+    global_bytes_written += other.global_bytes_written;
+    for (const auto& [kind, count] : other.macs) macs[kind] += count;
+    return *this;
+  }
 };
 
 struct Warp {
@@ -172,6 +187,7 @@ struct Warp {
   uint32_t* regs = nullptr;    // program->slots * 32 words
   uint64_t* state = nullptr;   // program->slots
 
+  uint64_t seen_event = UINT64_MAX;  // blocked since this event of the cluster; UINT64_MAX: may run
   std::vector<Group> groups;
   uint32_t current = 0;        // index of the running group
   uint32_t mask = 0;           // lanes executing the present instruction (group's mask and the guard)
@@ -342,7 +358,8 @@ struct Launch {
   Device* device = nullptr;
   std::shared_ptr<Program> program;
   LaunchConfig config;
-  std::vector<uint8_t> parameters;   // registered in device.memory while the launch runs
+  uint8_t* parameters = nullptr;       // aligned for tensor maps; registered in device.memory while the launch runs
+  std::vector<uint8_t> parameter_storage;
   std::atomic<uint64_t> next_cluster{0};  // next cluster to start: by the schedule or by cluster launch control
   uint64_t clusters = 0;
   std::atomic<uint64_t> instructions{0};
