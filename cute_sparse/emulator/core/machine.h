@@ -39,6 +39,7 @@ struct Launch;
 struct Instr;
 struct Program;
 struct Device;
+struct GlobalHistory;  // spaces.cpp
 
 // ---------------------------------------------------------------------------------------------------------
 // Decoded program
@@ -142,7 +143,7 @@ constexpr int EPOCH_SHIFT = 36;                   // wgmma.fence epoch of the la
 
 // Why a group of lanes cannot go on; text is made only for a deadlock report.
 struct Wait {
-  enum class Kind : uint8_t { none, mbarrier, named_barrier, cluster_barrier, convergence, tensor_memory, grid } kind;
+  enum class Kind : uint8_t { none, mbarrier, named_barrier, cluster_barrier, convergence, tensor_memory, grid, registers } kind;
   uint64_t address = 0;   // shared address of the mbarrier, or the barrier's number
   uint32_t phase = 0;     // parity waited for
   bool may_time_out = false;  // try_wait: may be told to return false when nothing else moves
@@ -194,6 +195,7 @@ struct Warp {
 
   ActorId actor = 0;           // this warp in the race detector
   Clock clock;                 // what it knows to have happened
+  WarpOrder order;             // fences and lanes
   uint64_t fence_epoch = 1;    // counts wgmma.fence
   Tally tally;
   uint64_t* issued = nullptr;    // per code index: executed or predicated off
@@ -244,6 +246,8 @@ struct MBarrier {
   int64_t tx_bytes = 0;        // transaction count still due (may be negative before expect_tx)
   uint64_t phase = 0;          // completed phases; parity is phase & 1
   ActorId actor = 0;           // asynchronous copies that signal this barrier are this actor; epoch = phase + 1
+  ActorId init_actor = 0;      // whoever uses the barrier must know this actor's epoch: see WarpOrder::inits
+  uint32_t init_epoch = 0, init_warp = 0, init_statement = 0;
   Clock arrivals;              // joined from every arrival
   Clock completed;             // what a successful wait learns
 };
@@ -277,6 +281,7 @@ struct Cta {
   std::shared_ptr<void> tensor_memory;  // tcgen05.cpp's, if the kernel allocates any
   std::unique_ptr<Shadow> shared_shadow, tensor_shadow;  // race.h
   uint32_t live_warps = 0;
+  std::shared_ptr<void> register_pool;  // setmaxnreg, barrier.cpp
 };
 
 struct Cluster {
@@ -284,6 +289,7 @@ struct Cluster {
   uint64_t index = 0;
   std::vector<std::unique_ptr<Cta>> ctas;
   RaceDetector race;
+  std::shared_ptr<GlobalHistory> global_history;  // global accesses of this cluster, made on first use
   std::mt19937_64 random;
   uint64_t events = 0;           // bumped by everything that can unblock a warp
   std::vector<std::unique_ptr<AsyncOp>> pending;

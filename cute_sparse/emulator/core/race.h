@@ -12,7 +12,6 @@
 // epoch advances, so that what it does later is not covered.
 #pragma once
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -25,16 +24,37 @@ struct Cta;
 
 using ActorId = uint32_t;
 
-struct Clock {
-  std::vector<uint32_t> seen, proxied;
-  void join(const Clock& other);
-  void know(ActorId actor, uint32_t epoch);  // seen[actor] = max(seen[actor], epoch)
-  uint32_t at(ActorId actor) const { return actor < seen.size() ? seen[actor] : 0; }
-  uint32_t proxied_at(ActorId actor) const { return actor < proxied.size() ? proxied[actor] : 0; }
-  void fence_proxy_async();  // proxied = seen
-  void clear() { seen.clear(); proxied.clear(); }
+// What a release by some lanes of a warp made known of that warp beyond Clock::seen: the accesses of those lanes.
+struct LaneKnowledge {
+  ActorId actor = 0;
+  uint32_t lanes = 0;
+  uint32_t seen = 0, proxied = 0;
 };
 
+struct Clock {
+  std::vector<uint32_t> seen, proxied;
+  std::vector<LaneKnowledge> partial;  // nearly always empty
+  void join(const Clock& other);
+  void know(ActorId actor, uint32_t epoch);  // seen[actor] = max(seen[actor], epoch)
+  void know_proxied(ActorId actor, uint32_t epoch);
+  uint32_t at(ActorId actor) const { return actor < seen.size() ? seen[actor] : 0; }
+  uint32_t proxied_at(ActorId actor) const { return actor < proxied.size() ? proxied[actor] : 0; }
+  bool lane_seen(ActorId actor, uint32_t lane, uint32_t epoch) const;
+  bool lane_proxied(ActorId actor, uint32_t lane, uint32_t epoch) const;
+  void fence_proxy_async();  // proxied = seen
+  void clear() { seen.clear(); proxied.clear(); partial.clear(); }
+};
+
+// What a warp keeps beside its clock (spaces.cpp, barrier.cpp).
+struct WarpOrder {
+  Clock fenced;                // published by a later .relaxed arrival: what a fence has released
+  Clock unfenced;              // learnt by .relaxed waits; a later fence turns it into knowledge
+  ActorId inits = 0;           // mbarrier.init by this warp is an actor of its own: fence.mbarrier_init covers it alone
+  uint32_t converged = 0;      // the warp's epoch up to which bar.warp.sync or a CTA barrier has joined its lanes
+};
+
+// The proxy of an access. `async`: shared or global memory read or written by TMA, bulk copies, wgmma or tcgen05
+// operands; such a read of a generic write needs fence.proxy.async. `tensor`: tensor memory.
 enum class Proxy : uint8_t { generic, async, tensor };
 
 // One access (of possibly many granules) as stored in the shadow.
@@ -47,6 +67,7 @@ struct Access {
   uint32_t warp = 0;        // for messages: issuing warp, CTA rank and statement
   uint32_t cta_rank = 0;
   uint32_t statement = 0;
+  int32_t lane = -1;        // of a warp's own access: which lane; -1 all of them (or not a warp)
 };
 
 // A race, as text for the error: "... written by warp 3 (PTX line 812: ...), not ordered before ...".
@@ -60,40 +81,76 @@ struct Conflict {
 
 class RaceDetector;
 
-// Access history of one memory: granules of a fixed size. Each granule holds an interned id of its last write
-// and an interned set of the reads since, so that a bulk access costs little where neighbours agree.
+// An access's number in the detector: index * 32 + lane.
+using AccessId = uint32_t;
+// Who has read since the last write: 0 nobody; one AccessId with the top bit set; or the number of an interned set
+// of AccessIds, one for each actor.
+using Readers = uint32_t;
+
+// Access history of one memory: granules of a fixed size. Each granule holds the id of its last write and the set
+// of the reads since, so that a bulk access costs little where neighbours agree. A granule whose bytes have
+// different histories (narrow accesses by several warps) is split into bytes until they agree again.
 class Shadow {
  public:
   Shadow(RaceDetector& detector, uint64_t granules);
+  ~Shadow();
+  Shadow(const Shadow&) = delete;
+  Shadow& operator=(const Shadow&) = delete;
   // Checks granules [first, first + count) against `clock` (the knowledge of whoever performs the access, or of
   // the warp that issued it for an asynchronous one) and records it. `must_be_written`: a read of a granule that
   // nothing has written is reported as uninitialised.
   Conflict access(uint64_t first, uint64_t count, const Access& access, const Clock& clock, bool must_be_written);
+  // The same for bytes [first, first + count) of a memory with 4-byte granules; Conflict::address is a byte.
+  Conflict access_bytes(uint64_t first, uint64_t count, const Access& access, const Clock& clock,
+                        bool must_be_written);
   void forget(uint64_t first, uint64_t count);  // memory becomes uninitialised (freed, or a new owner)
   void assume_written(uint64_t first, uint64_t count);
 
  private:
+  friend class RaceDetector;
+  struct Check;  // one access being checked against the histories it meets
+  using History = uint64_t;  // low word: last write (0: never), or a split; high word: Readers
+  struct Split { History bytes[4]; };
+  static constexpr uint32_t SPLIT = 1u << 31;  // low word of a History: the rest is an index into splits_
+  bool visit(History& history, Check& check);
+  bool after_readers(Readers readers, Check& check) const;
+  bool visit_range(uint64_t first, uint64_t end, Check& check);
+  bool visit_bytes(uint64_t granule, uint32_t begin, uint32_t end, Check& check);
+  uint32_t new_split(History history);
+  uint64_t run_end(uint64_t first, uint64_t end) const;
+
   RaceDetector& detector_;
-  std::vector<uint32_t> last_write_;  // 0: never written
-  std::vector<uint32_t> reads_;       // 0: none since
+  std::shared_ptr<std::vector<Shadow*>> registry_;  // of all shadows of the detector
+  std::vector<History> history_;
+  std::vector<Split> splits_;
+  std::vector<uint32_t> free_splits_;
 };
 
 class RaceDetector {
  public:
   bool enabled = true;
+  RaceDetector();
   ActorId new_actor() { return next_actor_++; }
 
   // Interning, used by Shadow.
-  uint32_t intern(const Access& access);
-  const Access& at(uint32_t id) const { return accesses_[id]; }
-  uint32_t with_read(uint32_t set, uint32_t access_id);
-  const std::vector<uint32_t>& members(uint32_t set) const { return sets_[set]; }
+  AccessId intern(const Access& access);
+  Access at(AccessId id) const;
+  Readers with_read(Readers readers, AccessId id);
 
  private:
+  friend class Shadow;
+  AccessId without_lane(AccessId id) const;
+  Readers interned_set(Readers readers, AccessId id);
+  void collect();  // drops accesses and sets that no granule refers to any more
+
   ActorId next_actor_ = 1;
-  std::deque<Access> accesses_{1};
-  std::vector<std::vector<uint32_t>> sets_{1};
-  std::unordered_map<uint64_t, uint32_t> transitions_;
+  // 0: none; 1: "written before the launch". One with a lane is followed by its twin without.
+  std::vector<Access> accesses_;
+  std::vector<std::vector<AccessId>> sets_;
+  std::unordered_map<uint64_t, Readers> transitions_;  // (readers, further read) -> set
+  std::vector<uint32_t> recent_;  // index of a recent access, by a hash of actor and statement
+  size_t limit_;                  // accesses or sets beyond which to collect
+  std::shared_ptr<std::vector<Shadow*>> shadows_;
 };
 
 }  // namespace emu

@@ -31,8 +31,20 @@ void touch_global_async(Warp& warp, const Stamp& stamp, uint64_t address, uint64
 // Raises the ErrorKind that a conflict stands for, with both sides in the message.
 [[noreturn]] void report(Warp& warp, const Conflict& conflict, const char* space, int lane);
 
+// The stamp of an asynchronous operation issued by `warp` that will signal the mbarrier at `address` (the actor is
+// the barrier, the epoch the phase it now forms). Checks that the barrier is initialised and that the initialisation
+// is ordered before the issue and visible to the async proxy (fence.mbarrier_init or fence.proxy.async).
+Stamp signal_stamp(Warp& warp, uint32_t address);
+
 // Release and acquire by a warp: `release` returns the clock to publish and advances the warp's epoch.
 Clock release(Warp& warp);
+// The same without a copy: joins what the warp's executing lanes publish into `target`.
+void release_into(Warp& warp, Clock& target);
 void acquire(Warp& warp, const Clock& clock);
+// The executing lanes' earlier accesses and those of the rest of the warp are ordered from here on (bar.warp.sync).
+void converge(Warp& warp);
+
+// What a blocked group waits for, for deadlock reports: the barrier's phase, arrivals and bytes due.
+std::string describe_wait(const Cta& cta, const Wait& wait);
 
 }  // namespace emu
