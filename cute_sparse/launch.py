@@ -37,7 +37,8 @@ class Launcher:
         self._fields = struct.Struct("@" + "".join(codes))  # native alignment, as the generated code loads them
         self._memory = ctypes.create_string_buffer(self._fields.size)
         base = ctypes.addressof(self._memory)
-        offsets = [struct.calcsize("@" + "".join(codes[: i + 1])) - struct.calcsize(codes[i]) for i in range(len(codes))]
+        ends = [struct.calcsize("@" + "".join(codes[: count + 1])) for count in range(len(codes))]
+        offsets = [end - struct.calcsize(code) for end, code in zip(ends, codes, strict=True)]
         self._result_offset = offsets[-1]
         self._arguments = (ctypes.c_void_p * len(codes))(*(base + offset for offset in offsets))
         self._lock = threading.Lock()

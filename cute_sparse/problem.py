@@ -48,10 +48,13 @@ class Problem:
     return_stats: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("head_dim", "head_dim_v"):
-            value = getattr(self, name)
-            if value % HEAD_DIM_MULTIPLE or not 0 < value <= HEAD_DIM_MAX:
-                raise ValueError(f"{name}={value} must be a multiple of {HEAD_DIM_MULTIPLE} up to {HEAD_DIM_MAX}")
+        check_head_dims(self.head_dim, self.head_dim_v)
+
+
+def check_head_dims(head_dim: int, head_dim_v: int) -> None:
+    for name, value in {"head_dim": head_dim, "head_dim_v": head_dim_v}.items():
+        if value % HEAD_DIM_MULTIPLE or not 0 < value <= HEAD_DIM_MAX:
+            raise ValueError(f"{name}={value} must be a multiple of {HEAD_DIM_MULTIPLE} up to {HEAD_DIM_MAX}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""The public functions: `attention` and `attention_varlen`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from cute_sparse import dispatch
+from cute_sparse.problem import TileGeometry
+
+
+class Stats(NamedTuple):
+    """What a threshold did.
+
+    tile_counts  int32 (2, batch, heads_q): tiles kept, tiles visited (kept or skipped)
+    skip_map     uint8 (batch, heads_q, ceil(seqlen_q / geometry.tile_rows), ceil(seqlen_k / geometry.tile_n)):
+                 0 not visited (outside the mask), 1 kept, 2 skipped; seqlen is max_seqlen for varlen
+    geometry     which rows decide together over which tiles, in which order
+    """
+
+    tile_counts: torch.Tensor
+    skip_map: torch.Tensor
+    geometry: TileGeometry
+
+
+class AttentionOutput(NamedTuple):
+    """What attention returns where more than the output was asked for; what was not asked for is None.
+
+    out    like q, with v's head dim
+    lse    fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q): natural log of the sum of the kept exponentials
+    stats  `Stats`
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    stats: Stats | None
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
+    threshold: float | torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    return_stats: bool = False,
+) -> torch.Tensor | AttentionOutput:
+    """softmax(softmax_scale * q k^T) v, without the KV tiles whose weight the threshold proves negligible.
+
+    q          (batch, seqlen_q, heads_q, head_dim), bfloat16 or float16
+    k, v       (batch, seqlen_k, heads_kv, head_dim) and (.., head_dim_v); heads_kv divides heads_q (GQA, MQA).
+               Head dims are multiples of 8 up to 256. Any strides that are multiples of 16 bytes, the last 1.
+    softmax_scale  None: 1 / sqrt(head_dim)
+    causal     key j is visible to query i where j <= i + seqlen_k - seqlen_q (aligned bottom-right)
+    window_size  (left, right) keys around that diagonal, None or -1 unbounded; causal sets right to 0
+    softcap    scores become softcap * tanh(score / softcap); 0: not
+    threshold  lambda in (0, 1]: a tile of keys is skipped where, for every query row of a group, its largest score
+               lies more than -ln(lambda) below the row's running maximum (BLASST, arXiv 2512.12087). None: dense. A
+               number, or an fp32 tensor (batch,), (heads_q,), (batch, heads_q), (batch, 1) or (1, heads_q); see
+               `threshold_from_scale_factor` and `threshold_from_model`. A tensor may be updated between CUDA-graph
+               replays; on a GPU its values are not checked: above 1 counts as 1, NaN or not positive skips nothing.
+    out        memory for the result, (batch, seqlen_q, heads_q, head_dim_v), not overlapping q, k, v
+    return_lse, return_stats  return an `AttentionOutput` with the log-sum-exp, or with counts and the skip map
+
+    A row that sees no key gives 0 and lse -inf. NaN and infinities propagate as in PyTorch's attention.
+    CUDA tensors run on Hopper (9.0) and Blackwell (10.0, 10.3); CPU tensors run the reference, or the kernels in the
+    emulator within `cute_sparse.emulated`.
+
+    Raises TypeError or ValueError for malformed input, NotImplementedError for what is not supported, with what is,
+    and RuntimeError for a device that no kernel runs on.
+    """
+    plan = dispatch.plan_attention(
+        q, k, v,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, threshold=threshold,
+        out=out, return_lse=return_lse, return_stats=return_stats,
+    )  # fmt: skip
+    result = plan.run(q, k, v, out, threshold, None, None)
+    return _answer(result, plan.geometry, return_lse, return_stats)
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
+    threshold: float | torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    return_stats: bool = False,
+) -> torch.Tensor | AttentionOutput:
+    """`attention` over sequences of different lengths, packed along one token axis.
+
+    q, k, v        (total_q, heads_q, head_dim), (total_k, heads_kv, head_dim), (total_k, heads_kv, head_dim_v)
+    cu_seqlens_q, cu_seqlens_k  int32 (batch + 1,): sequence i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]); from 0,
+                   never decreasing, at most the total. On a GPU the values are not checked.
+    max_seqlen_q, max_seqlen_k  at least the longest sequence's lengths
+    The other arguments are `attention`'s. Rows of `out` and `lse` after the last sequence are undefined.
+    """
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        raise TypeError("attention_varlen needs cu_seqlens_q and cu_seqlens_k; attention takes unpacked tensors")
+    plan = dispatch.plan_attention(
+        q, k, v,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, threshold=threshold,
+        out=out, return_lse=return_lse, return_stats=return_stats, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+    result = plan.run(q, k, v, out, threshold, cu_seqlens_q, cu_seqlens_k)
+    return _answer(result, plan.geometry, return_lse, return_stats)
+
+
+def _answer(result: tuple, geometry: TileGeometry, return_lse: bool, return_stats: bool):
+    out, lse, tile_counts, skip_map = result
+    if not (return_lse or return_stats):
+        return out
+    return AttentionOutput(out, lse, Stats(tile_counts, skip_map, geometry) if return_stats else None)

@@ -1,0 +1,376 @@
+"""From a call to the code that computes it: which device, which kernel, whether it can, compiled once.
+
+A call is checked once per combination of shapes, strides, types and options; the resulting plan is kept, so that a
+warm call costs a dictionary look-up, the allocation of its results and one launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from cute_sparse import compiled, inputs, reference, threshold
+from cute_sparse.inputs import Request
+from cute_sparse.launch import Launcher
+from cute_sparse.operands import PREFILL
+from cute_sparse.problem import Problem, check_supported
+
+DEVICE_VARIABLE = "CUTE_SPARSE_DEVICE"
+# Capability -> architecture to compile for; architecture -> the room with its kernels.
+ARCH_OF_CAPABILITY = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
+ROOM_OF_ARCH = {
+    "sm_90a": "cute_sparse.kernels.hopper",
+    "sm_100a": "cute_sparse.kernels.blackwell",
+    "sm_103a": "cute_sparse.kernels.blackwell",
+}
+PLANS_MAX = 4096  # then all are forgotten; a server's shapes repeat
+
+PREFILL_POINTERS = tuple(operand.name for operand in PREFILL if operand.type == "pointer")
+assert PREFILL_POINTERS == tuple(operand.name for operand in PREFILL[: len(PREFILL_POINTERS)])
+
+
+class Result(NamedTuple):
+    """lse, tile_counts and skip_map are None where the problem does not ask for them."""
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    tile_counts: torch.Tensor | None
+    skip_map: torch.Tensor | None
+
+
+# ---- Plans -------------------------------------------------------------------------------------------------------
+
+_plans: dict[tuple, ReferencePlan | KernelPlan] = {}
+
+
+def plan_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> ReferencePlan | KernelPlan:
+    """The plan for a prefill call; `options` are those of `inputs.check_attention`. Raises what that raises."""
+    try:
+        key = (
+            _identity(q), _identity(k), _identity(v), torch.is_grad_enabled(), _emulation, *options,
+            *[_identity(value) if isinstance(value, torch.Tensor) else value for value in options.values()],
+        )  # fmt: skip
+        plan = _plans.get(key)
+    except (TypeError, AttributeError):  # not tensors, or not hashable: the check says what is wrong, if anything
+        key = plan = None
+    if plan is None:
+        plan = _make_plan(inputs.check_attention(q, k, v, **options))
+        if key is not None:
+            if len(_plans) >= PLANS_MAX:
+                _plans.clear()
+            _plans[key] = plan
+    return plan
+
+
+def _identity(tensor: torch.Tensor) -> tuple:
+    """All that a check reads of a tensor, except the values of CPU tensors, which a plan checks at each run."""
+    return (
+        tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16, tensor.requires_grad,
+    )  # fmt: skip
+
+
+def _make_plan(request: Request) -> ReferencePlan | KernelPlan:
+    target = _target(request.device)
+    # A plan lives long and may serve other tensors: it keeps the threshold's form, not the tensor.
+    request = _without_tensors(request)
+    return ReferencePlan(request) if target is None else KernelPlan(request, target)
+
+
+def _without_tensors(request: Request) -> Request:
+    if request.threshold is None or request.threshold.tensor is None:
+        return request
+    return replace(request, threshold=request.threshold._replace(tensor=None))
+
+
+class ReferencePlan:
+    """The oracle on the CPU, in float32, with Hopper's tiles for head dim 128."""
+
+    geometry = reference.DEFAULT_GEOMETRY
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def run(self, q, k, v, out, given_threshold, cu_seqlens_q, cu_seqlens_k) -> Result:
+        request, problem = self.request, self.request.problem
+        lambdas = None
+        if isinstance(given_threshold, torch.Tensor):
+            threshold.check_values(given_threshold)
+            form = request.threshold
+            lambdas = given_threshold.as_strided(
+                (request.batch, request.heads_q), (form.stride_batch, form.stride_head)
+            )
+        elif given_threshold is not None:
+            lambdas = torch.full((request.batch, request.heads_q), float(given_threshold), dtype=torch.float64)
+        options = dict(
+            softmax_scale=request.softmax_scale,
+            window_left=request.window_left if problem.mask == "band" else None,
+            window_right=None if problem.mask == "full" else request.window_right,
+            softcap=request.softcap,
+            threshold=lambdas,
+            geometry=self.geometry,
+            dtype=torch.float32,
+        )
+        if problem.varlen:
+            _check_varlen_values(request, cu_seqlens_q, cu_seqlens_k)
+            options |= dict(cu_seqlens_q=cu_seqlens_q.tolist(), cu_seqlens_k=cu_seqlens_k.tolist())
+            options |= dict(max_seqlen_q=request.seqlen_q, max_seqlen_k=request.seqlen_k)
+            computed = reference.attention_varlen(q, k, v, **options)
+        else:
+            computed = reference.attention(q, k, v, **options)
+        out = computed.out.to(q.dtype) if out is None else out.copy_(computed.out)
+        lse = computed.lse.float() if problem.return_lse else None
+        if not problem.return_stats:
+            return Result(out, lse, None, None)
+        return Result(out, lse, computed.tile_counts, computed.skip_map)
+
+
+def _check_varlen_values(request: Request, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> None:
+    inputs.check_cu_seqlens_values(
+        cu_seqlens_q, cu_seqlens_k, request.total_q, request.total_k, request.seqlen_q, request.seqlen_k
+    )
+
+
+class KernelPlan:
+    """A compiled kernel with every operand but the addresses filled in."""
+
+    def __init__(self, request: Request, target: Target) -> None:
+        self.request = request
+        self.target = target
+        kernel = compiled_prefill(request.problem, target)
+        self.launcher = kernel.launcher
+        self.geometry = kernel.config.geometry
+        self.map_shape = (
+            request.batch,
+            request.heads_q,
+            -(-request.seqlen_q // self.geometry.tile_rows),
+            -(-request.seqlen_k // self.geometry.tile_n),
+        )
+        self.nothing_to_read = request.batch == 0 or request.total_k == 0 or request.seqlen_k == 0
+        self.nothing_to_write = 0 in request.out_shape or request.seqlen_q == 0
+        self._constants: tuple[int | float, ...] | None = None
+
+    def run(self, q, k, v, out, given_threshold, cu_seqlens_q, cu_seqlens_k) -> Result:
+        request, problem = self.request, self.request.problem
+        if request.device.type == "cpu":  # in the emulator
+            if isinstance(given_threshold, torch.Tensor):
+                threshold.check_values(given_threshold)
+            if problem.varlen:
+                _check_varlen_values(request, cu_seqlens_q, cu_seqlens_k)
+        if out is None:
+            out = q.new_empty(request.out_shape)
+        lse = q.new_empty(request.lse_shape, dtype=torch.float32) if problem.return_lse else None
+        tile_counts = skip_map = None
+        if problem.return_stats:
+            tile_counts = q.new_zeros((2, request.batch, request.heads_q), dtype=torch.int32)
+            skip_map = q.new_zeros(self.map_shape, dtype=torch.uint8)
+        result = Result(out, lse, tile_counts, skip_map)
+        if self.nothing_to_write:
+            return result
+        if self.nothing_to_read:
+            out.zero_()
+            if lse is not None:
+                lse.fill_(-torch.inf)
+            return result
+        given_threshold = given_threshold if isinstance(given_threshold, torch.Tensor) else None
+        tensors = (
+            q, k, v, out, lse, given_threshold, cu_seqlens_q, cu_seqlens_k, tile_counts, skip_map,
+        )  # fmt: skip
+        self._launch(tensors)
+        return result
+
+    def _launch(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        if self._constants is None:  # the same at every run: strides are part of what a plan is made for
+            self._constants = _prefill_constants(self, *tensors[:4])
+        with self.target.ready(tensors):
+            stream = self.target.stream()
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            self.launcher((*addresses, self.target.work_counter(stream), *self._constants), stream)
+
+
+def _prefill_constants(plan: KernelPlan, q, k, v, out) -> tuple[int | float, ...]:
+    """The operands of a plan after the pointers, in PREFILL's order; only the strides need the tensors."""
+    request = plan.request
+    form = request.threshold
+    values = {
+        name: getattr(request, name)
+        for name in (
+            "batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "total_q", "total_k",
+            "window_left", "window_right", "softmax_scale", "softcap",
+        )
+    }  # fmt: skip
+    values |= {
+        "threshold_stride_batch": form.stride_batch if form else 0,
+        "threshold_stride_head": form.stride_head if form else 0,
+        "threshold_log2": form.log2 if form else 0.0,
+        "map_rows": plan.map_shape[2],
+        "map_cols": plan.map_shape[3],
+    }
+    for name, tensor in {"q": q, "k": k, "v": v, "out": out}.items():
+        *batch_stride, seq_stride, head_stride, _ = tensor.stride()
+        values[f"{name}_stride_batch"] = batch_stride[0] if batch_stride else 0
+        values[f"{name}_stride_seq"] = seq_stride
+        values[f"{name}_stride_head"] = head_stride
+    return tuple(values[operand.name] for operand in PREFILL[len(PREFILL_POINTERS) :])
+
+
+# ---- Where it runs -----------------------------------------------------------------------------------------------
+
+
+class GpuTarget:
+    """One CUDA device; launches go to PyTorch's current stream of it."""
+
+    session = None  # code is loaded once, for all devices
+
+    def __init__(self, index: int, arch: str) -> None:
+        self.index, self.arch = index, arch
+        self._counters = WorkCounters(torch.device("cuda", index))
+
+    @contextlib.contextmanager
+    def _switched(self) -> Iterator[None]:
+        with torch.cuda.device(self.index):
+            yield
+
+    def ready(self, tensors) -> contextlib.AbstractContextManager:
+        return _NOTHING if torch.cuda.current_device() == self.index else self._switched()
+
+    def stream(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self.index)
+
+    def work_counter(self, stream: int) -> int:
+        return self._counters.address(stream)
+
+
+class EmulatedTarget:
+    """The emulated device; one stream, CPU tensors."""
+
+    def __init__(self, arch: str, device) -> None:
+        self.arch, self.device = arch, device
+        self.session = device
+        self._counters = WorkCounters(torch.device("cpu"))
+
+    def ready(self, tensors) -> contextlib.AbstractContextManager:
+        names = (*PREFILL_POINTERS[:-1], PREFILL_POINTERS[-1])
+        for name, tensor in zip(names, (*tensors, self._counters.memory), strict=True):
+            if tensor is not None:
+                self.device.register(tensor, name)
+        return _NOTHING
+
+    def stream(self) -> int:
+        return 0
+
+    def work_counter(self, stream: int) -> int:
+        return self._counters.address(stream)
+
+
+Target = GpuTarget | EmulatedTarget
+_NOTHING = contextlib.nullcontext()
+
+
+class WorkCounters:
+    """The dynamic scheduler's int32 pairs, zero between launches: one per stream, because streams run side by side.
+
+    All are allocated, and zeroed, with the target: a CUDA graph being captured could not do it.
+    """
+
+    STREAMS_MAX = 1024
+    STRIDE_BYTES = 128  # a cache line each
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory = torch.zeros((self.STREAMS_MAX, self.STRIDE_BYTES // 4), dtype=torch.int32, device=device)
+        self._base = self.memory.data_ptr()
+        self._of_stream: dict[int, int] = {}
+
+    def address(self, stream: int) -> int:
+        address = self._of_stream.get(stream)
+        if address is None:
+            if len(self._of_stream) >= self.STREAMS_MAX:
+                raise RuntimeError(f"kernels were launched on more than {self.STREAMS_MAX} CUDA streams of one device")
+            address = self._base + len(self._of_stream) * self.STRIDE_BYTES
+            self._of_stream[stream] = address
+        return address
+
+
+def _target(device: torch.device) -> Target | None:
+    """Where tensors of `device` are computed; None for the reference."""
+    if device.type == "cuda":
+        return _gpu_target(torch.cuda.current_device() if device.index is None else device.index)
+    if device.type != "cpu":
+        raise RuntimeError(f"no kernel runs on device {device}; supported are cuda ({_capabilities()}) and cpu")
+    if _emulation is None:
+        _emulate_as_the_environment_says()
+    return _emulation
+
+
+@functools.cache
+def _gpu_target(index: int) -> GpuTarget:
+    capability = torch.cuda.get_device_capability(index)
+    if capability not in ARCH_OF_CAPABILITY:
+        raise RuntimeError(
+            f"cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability {capability[0]}."
+            f"{capability[1]}; there are kernels for {_capabilities()}"
+        )
+    return GpuTarget(index, ARCH_OF_CAPABILITY[capability])
+
+
+def _capabilities() -> str:
+    return ", ".join(f"{major}.{minor} ({arch})" for (major, minor), arch in ARCH_OF_CAPABILITY.items())
+
+
+_emulation: EmulatedTarget | None = None
+_environment_devices = contextlib.ExitStack()  # left when the process ends
+
+
+@contextlib.contextmanager
+def emulated(arch: str, **options) -> Iterator:
+    """Within it, CPU tensors run through the kernels of `arch`, in the emulator; yields the emulated device.
+
+    arch     "sm_90a" or "sm_100a"
+    options  of `cute_sparse.emulator.device`: order, seed, sms and so on
+    """
+    global _emulation
+    if arch not in ROOM_OF_ARCH:
+        raise ValueError(f"{arch=} must be one of {', '.join(ROOM_OF_ARCH)}")
+    emulator = importlib.import_module("cute_sparse.emulator")
+    before = _emulation
+    with emulator.device(arch, **options) as device:
+        _emulation = EmulatedTarget(arch, device)
+        try:
+            yield device
+        finally:
+            _emulation = before
+            _plans.clear()  # some were made for this device
+
+
+@functools.cache
+def _emulate_as_the_environment_says() -> None:
+    wanted = os.environ.get(DEVICE_VARIABLE)
+    if not wanted:
+        return
+    kind, _, arch = wanted.partition(":")
+    if kind != "emulated" or arch not in ROOM_OF_ARCH:
+        choices = ", ".join(f"emulated:{arch}" for arch in ROOM_OF_ARCH)
+        raise ValueError(f"{DEVICE_VARIABLE}={wanted!r} must be one of {choices}")
+    _environment_devices.enter_context(emulated(arch))
+
+
+# ---- Kernels -----------------------------------------------------------------------------------------------------
+
+
+class Kernel(NamedTuple):
+    config: object
+    launcher: Launcher
+
+
+def compiled_prefill(problem: Problem, target: Target) -> Kernel:
+    """The prefill kernel of the target's architecture for `problem`: from memory, from disk, or compiled now."""
+    room = importlib.import_module(f"{ROOM_OF_ARCH[target.arch]}.prefill")
+    check_supported(problem, room.SUPPORTS, target.arch)
+    config = importlib.import_module(f"{ROOM_OF_ARCH[target.arch]}.config").choose(problem)
+    return Kernel(config, compiled.launcher(problem, config, target.arch, room.compile, PREFILL, target.session))
