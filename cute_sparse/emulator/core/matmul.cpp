@@ -99,10 +99,11 @@ ChunkMap::ChunkMap(const SharedOperand& operand) : swizzle_(operand.swizzle), st
   }
   const uint32_t period = swizzle_period(swizzle_), atoms = (chunks_ - 1) >> atom_shift_;
   const uint32_t groups = (lines_ - 1) >> row_shift_;
-  regular_ = (group_stride_ % period == 0 || groups == 0) && (atom_stride_ % period == 0 || atoms == 0);
-  for (uint32_t row = 0; row < 1u << row_shift_; ++row)
-    for (uint32_t column = 0; column < 1u << atom_shift_; ++column)
-      table_[row][column] = swizzled(start_ + row * pitch_ + column * 16);
+  regular_ = row_shift_ == 3 && (group_stride_ % period == 0 || groups == 0) &&
+             (atom_stride_ % period == 0 || atoms == 0);
+  if (!regular_) return;
+  for (uint32_t column = 0; column < std::min(chunks_, 1u << atom_shift_); ++column)
+    for (uint32_t row = 0; row < 8; ++row) table_[column][row] = swizzled(start_ + row * pitch_ + column * 16);
 }
 
 uint64_t ChunkMap::begin() const { return start_ & ~(swizzle_ == Swizzle::none ? 0u : pitch_ - 1); }
@@ -125,18 +126,48 @@ uint64_t ChunkMap::end() const {
 // ---------------------------------------------------------------------------------------------------------
 // Footprint
 
-void Footprint::add(const ChunkMap& map, uint32_t first_line, uint32_t lines) {
-  add_chunks(map, first_line, lines, 0, map.chunks());
+void Footprint::add(const SharedOperand& operand, const ChunkMap& map, uint32_t first, uint32_t count) {
+  const uint32_t bytes = format_bytes(operand.format);
+  const uint32_t first_line = operand.mn_major ? 0 : first, end_line = operand.mn_major ? map.lines() : first + count;
+  const uint32_t first_chunk = operand.mn_major ? first * bytes / 16 : 0;
+  const uint32_t end_chunk = operand.mn_major ? (((first + count) * bytes) + 15) / 16 : map.chunks();
+  if (map.regular_) return add_regular(map, first_line, end_line, first_chunk, end_chunk);
+  for (uint32_t line = first_line; line < end_line; ++line)
+    for (uint32_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
+      const uint32_t offset = map.offset(line, chunk);
+      set(offset >> 10, 1ull << (offset >> 4 & 63));
+    }
 }
 
-void Footprint::add_chunks(const ChunkMap& map, uint32_t first_line, uint32_t lines, uint32_t first_chunk,
-                           uint32_t chunks) {
-  for (uint32_t line = first_line; line < first_line + lines; ++line)
-    for (uint32_t chunk = first_chunk; chunk < first_chunk + chunks; ++chunk) set(map.offset(line, chunk));
+// The chunks of one group and atom span less than two words' worth of bytes; the other groups and atoms are copies of
+// that pattern, moved by the strides.
+void Footprint::add_regular(const ChunkMap& map, uint32_t first_line, uint32_t end_line, uint32_t first_chunk,
+                            uint32_t end_chunk) {
+  const uint32_t width = 1u << map.atom_shift_;
+  const uint32_t base = map.start_ & ~1023u;
+  for (uint32_t chunk = first_chunk; chunk < end_chunk;) {
+    const uint32_t atom = chunk >> map.atom_shift_;
+    const uint32_t atom_end = std::min(end_chunk, (atom + 1) * width);
+    uint64_t pattern[2] = {0, 0};
+    for (; chunk < atom_end; ++chunk)
+      for (uint32_t row = 0; row < 8; ++row) {
+        const uint32_t position = (map.table_[chunk & (width - 1)][row] - base) >> 4;
+        pattern[position >> 6] |= 1ull << (position & 63);
+      }
+    for (uint32_t line = first_line; line < end_line; line += 8) {
+      const uint32_t moved = (base + (line >> 3) * map.group_stride_ + atom * map.atom_stride_) >> 4;
+      const uint32_t word = moved >> 6, shift = moved & 63;
+      if (pattern[0]) set(word, pattern[0] << shift);
+      const uint64_t second = pattern[1] << shift | (shift ? pattern[0] >> (64 - shift) : 0);
+      if (second) set(word + 1, second);
+      const uint64_t third = shift ? pattern[1] >> (64 - shift) : 0;
+      if (third) set(word + 2, third);
+    }
+  }
 }
 
 void Footprint::clear() {
-  for (uint32_t word = low_; word <= high_ && word < bits_.size(); ++word) bits_[word] = 0;
+  for (uint32_t word = low_; word <= high_ && !empty(); ++word) bits_[word] = 0;
   low_ = LIMIT;
   high_ = 0;
 }
@@ -144,66 +175,72 @@ void Footprint::clear() {
 // ---------------------------------------------------------------------------------------------------------
 // Unpacking
 
-// Elements [8 * group, 8 * group + 8) of a line.
-template <Format format>
-static inline __m256 load_group(const uint8_t* shared, const ChunkMap& map, uint32_t line, uint32_t group) {
-  if constexpr (format_bytes(format) == 1) {
-    return load8<format>(shared + map.offset(line, group / 2) + 8 * (group % 2));
-  } else if constexpr (format_bytes(format) == 2) {
-    return load8<format>(shared + map.offset(line, group));
-  } else {
-    alignas(32) uint8_t both[32];  // the swizzle may part the two chunks
-    std::memcpy(both, shared + map.offset(line, 2 * group), 16);
-    std::memcpy(both + 16, shared + map.offset(line, 2 * group + 1), 16);
-    return load8<format>(both);
-  }
-}
-
 static inline __m256 even_columns_first(__m256 v) {
   return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
 }
 
-// out[line * pitch + element]
-template <Format format>
-static void copy_lines(const uint8_t* shared, const ChunkMap& map, uint32_t first_line, uint32_t lines,
-                       uint32_t first_group, uint32_t groups, float* out, uint32_t pitch, Columns columns) {
-  for (uint32_t line = 0; line < lines; ++line)
-    for (uint32_t group = 0; group < groups; ++group) {
-      const __m256 v = load_group<format>(shared, map, first_line + line, first_group + group);
-      _mm256_storeu_ps(out + line * pitch + group * 8, columns == Columns::even_odd ? even_columns_first(v) : v);
-    }
-}
-
 static inline void transpose8(__m256 row[8]) {
   __m256 a[8], b[8];
+  #pragma GCC unroll 8
   for (int i = 0; i < 8; i += 2) {
     a[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
     a[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
   }
+  #pragma GCC unroll 8
   for (int i = 0; i < 8; i += 4)
     for (int j = 0; j < 2; ++j) {
       b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
       b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
     }
+  #pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) {
     row[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
     row[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
   }
 }
 
-// out[element * pitch + line]
-template <Format format>
-static void transpose_lines(const uint8_t* shared, const ChunkMap& map, uint32_t first_line, uint32_t lines,
-                            uint32_t first_group, uint32_t groups, float* out, uint32_t pitch, Columns columns) {
-  static constexpr uint32_t NATURAL[8] = {0, 1, 2, 3, 4, 5, 6, 7}, EVEN_ODD[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-  const uint32_t* order = columns == Columns::even_odd ? EVEN_ODD : NATURAL;
+// Elements [8 * group, 8 * group + 8) of the eight lines from `line` on. `order`: see Columns.
+template <Format format, Columns order>
+static inline void load_block(const uint8_t* shared, const ChunkMap& map, uint32_t line, uint32_t group,
+                              __m256 row[8]) {
+  static constexpr uint32_t EVEN_ODD[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+  constexpr uint32_t bytes = format_bytes(format);
+  ChunkMap::Column first, second;
+  map.column(shared, line, group * bytes / 2, first);
+  if constexpr (bytes == 4) map.column(shared, line, group * 2 + 1, second);
+  #pragma GCC unroll 8
+  for (uint32_t i = 0; i < 8; ++i) {
+    const uint32_t from = order == Columns::even_odd ? EVEN_ODD[i] : i;
+    if constexpr (bytes == 1) {
+      row[i] = load8<format>(first.at(from) + group % 2 * 8);
+    } else if constexpr (bytes == 2) {
+      row[i] = load8<format>(first.at(from));
+    } else {  // the swizzle may part the two chunks
+      alignas(32) uint8_t both[32];
+      std::memcpy(both, first.at(from), 16);
+      std::memcpy(both + 16, second.at(from), 16);
+      row[i] = load8<format>(both);
+    }
+  }
+}
+
+// A rectangle of lines and groups (of eight elements): out[line * pitch + element], or transposed
+// out[element * pitch + line]. `order` is that of the inner index of `out`.
+template <Format format, bool transposed, Columns order>
+static void unpack_blocks(const uint8_t* shared, const ChunkMap& map, uint32_t first_line, uint32_t lines,
+                          uint32_t first_group, uint32_t groups, float* out, uint32_t pitch) {
   for (uint32_t line = 0; line < lines; line += 8)
     for (uint32_t group = 0; group < groups; ++group) {
       __m256 row[8];
-      for (uint32_t i = 0; i < 8; ++i)
-        row[i] = load_group<format>(shared, map, first_line + line + order[i], first_group + group);
-      transpose8(row);
-      for (uint32_t i = 0; i < 8; ++i) _mm256_storeu_ps(out + (group * 8 + i) * pitch + line, row[i]);
+      load_block<format, transposed ? order : Columns::natural>(shared, map, first_line + line, first_group + group,
+                                                                row);
+      if constexpr (transposed) transpose8(row);
+      float* corner = transposed ? out + group * 8 * pitch + line : out + line * pitch + group * 8;
+      #pragma GCC unroll 8
+      for (uint32_t i = 0; i < 8; ++i) {
+        const bool reorder = !transposed && order == Columns::even_odd;
+        _mm256_storeu_ps(corner + i * pitch, reorder ? even_columns_first(row[i]) : row[i]);
+      }
     }
 }
 
@@ -225,21 +262,33 @@ static void with_format(Format format, F f) {
 void unpack_rows(const uint8_t* shared, const SharedOperand& operand, const ChunkMap& map, uint32_t first,
                  uint32_t count, float* out, uint32_t pitch) {
   with_format(operand.format, [&](auto format) {
+    constexpr Format F = format();
+    constexpr Columns order = Columns::natural;
     if (operand.mn_major)
-      transpose_lines<format()>(shared, map, 0, operand.k, first / 8, count / 8, out, pitch, Columns::natural);
+      unpack_blocks<F, true, order>(shared, map, 0, operand.k, first / 8, count / 8, out, pitch);
     else
-      copy_lines<format()>(shared, map, first, count, 0, operand.k / 8, out, pitch, Columns::natural);
+      unpack_blocks<F, false, order>(shared, map, first, count, 0, operand.k / 8, out, pitch);
+  });
+}
+
+template <Columns order>
+static void unpack_columns_in(const uint8_t* shared, const SharedOperand& operand, const ChunkMap& map, uint32_t first,
+                              uint32_t count, float* out, uint32_t pitch) {
+  with_format(operand.format, [&](auto format) {
+    constexpr Format F = format();
+    if (operand.mn_major)
+      unpack_blocks<F, false, order>(shared, map, 0, operand.k, first / 8, count / 8, out, pitch);
+    else
+      unpack_blocks<F, true, order>(shared, map, first, count, 0, operand.k / 8, out, pitch);
   });
 }
 
 void unpack_columns(const uint8_t* shared, const SharedOperand& operand, const ChunkMap& map, uint32_t first,
                     uint32_t count, float* out, uint32_t pitch, Columns columns) {
-  with_format(operand.format, [&](auto format) {
-    if (operand.mn_major)
-      copy_lines<format()>(shared, map, 0, operand.k, first / 8, count / 8, out, pitch, columns);
-    else
-      transpose_lines<format()>(shared, map, first, count, 0, operand.k / 8, out, pitch, columns);
-  });
+  if (columns == Columns::even_odd)
+    unpack_columns_in<Columns::even_odd>(shared, operand, map, first, count, out, pitch);
+  else
+    unpack_columns_in<Columns::natural>(shared, operand, map, first, count, out, pitch);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -250,18 +299,25 @@ template <int ROWS, int VECTORS>
 static inline void multiply_block(uint32_t k, const float* a, uint32_t lda, const float* b, uint32_t ldb, float* d,
                                   uint32_t ldd, bool accumulate) {
   __m256 sum[ROWS][VECTORS];
+  #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
+    #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j)
       sum[i][j] = accumulate ? _mm256_loadu_ps(d + i * ldd + 8 * j) : _mm256_setzero_ps();
   for (uint32_t x = 0; x < k; ++x) {
     __m256 column[VECTORS];
+    #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) column[j] = _mm256_loadu_ps(b + x * ldb + 8 * j);
+    #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       const __m256 row = _mm256_broadcast_ss(a + i * lda + x);
+      #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) sum[i][j] = _mm256_fmadd_ps(row, column[j], sum[i][j]);
     }
   }
+  #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
+    #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) _mm256_storeu_ps(d + i * ldd + 8 * j, sum[i][j]);
 }
 
@@ -306,19 +362,26 @@ template <int QUADS>
 static inline void multiply_quads(uint32_t n, uint32_t k, const float* a_pairs, const float* b, float* const* d,
                                   bool accumulate) {
   __m256 sum[QUADS][4];
+  #pragma GCC unroll 8
   for (int q = 0; q < QUADS; ++q)
+    #pragma GCC unroll 8
     for (int pair = 0; pair < 4; ++pair)
       sum[q][pair] = accumulate ? _mm256_loadu_ps(d[q] + 8 * pair) : _mm256_setzero_ps();
   for (uint32_t x = 0; x < k; ++x) {
     __m256 columns[QUADS];
+    #pragma GCC unroll 8
     for (int q = 0; q < QUADS; ++q)
       columns[q] = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(b + x * n + 4 * q));
+    #pragma GCC unroll 8
     for (int pair = 0; pair < 4; ++pair) {
       const __m256 rows = _mm256_loadu_ps(a_pairs + (x * 4 + pair) * 8);
+      #pragma GCC unroll 8
       for (int q = 0; q < QUADS; ++q) sum[q][pair] = _mm256_fmadd_ps(rows, columns[q], sum[q][pair]);
     }
   }
+  #pragma GCC unroll 8
   for (int q = 0; q < QUADS; ++q)
+    #pragma GCC unroll 8
     for (int pair = 0; pair < 4; ++pair) _mm256_storeu_ps(d[q] + 8 * pair, sum[q][pair]);
 }
 

@@ -41,34 +41,53 @@ class ChunkMap {
   uint32_t lines() const { return lines_; }
   uint32_t chunks() const { return chunks_; }  // 16-byte chunks of a line
   uint32_t offset(uint32_t line, uint32_t chunk) const {
-    const uint32_t group = line >> row_shift_, atom = chunk >> atom_shift_;
-    const uint32_t row = line & ((1u << row_shift_) - 1), column = chunk & ((1u << atom_shift_) - 1);
-    if (regular_) return table_[row][column] + group * group_stride_ + atom * atom_stride_;
-    return swizzled(start_ + row * pitch_ + column * 16 + group * group_stride_ + atom * atom_stride_);
+    return swizzled(start_ + (line >> row_shift_) * group_stride_ + (line & ((1u << row_shift_) - 1)) * pitch_ +
+                    (chunk >> atom_shift_) * atom_stride_ + (chunk & ((1u << atom_shift_) - 1)) * 16);
   }
-  // Lowest byte, and one past the highest byte, that the operand occupies.
+  // Lowest byte, and one past the highest byte, that the operand can occupy.
   uint64_t begin() const;
   uint64_t end() const;
 
+  // The same chunk of eight lines, from a multiple of eight on: line i's is at base + rows[i].
+  struct Column {
+    const uint8_t* base;
+    const uint32_t* rows;
+    uint32_t scratch[8];
+    const uint8_t* at(uint32_t i) const { return base + rows[i]; }
+  };
+  void column(const uint8_t* shared, uint32_t line, uint32_t chunk, Column& out) const {
+    if (regular_) {
+      out.base = shared + (line >> 3) * group_stride_ + (chunk >> atom_shift_) * atom_stride_;
+      out.rows = table_[chunk & ((1u << atom_shift_) - 1)];
+      return;
+    }
+    for (uint32_t i = 0; i < 8; ++i) out.scratch[i] = offset(line + i, chunk);
+    out.base = shared;
+    out.rows = out.scratch;
+  }
+
  private:
+  friend class Footprint;
   uint32_t swizzled(uint32_t address) const;
   uint64_t highest(uint32_t line, uint32_t chunk) const;
 
   Swizzle swizzle_;
   uint32_t start_, lines_, chunks_;
   uint32_t row_shift_, pitch_, group_stride_, atom_shift_, atom_stride_;
-  bool regular_;  // group and atom strides keep the swizzle's phase, so that the table holds for all of them
+  // Groups of eight lines whose strides keep the swizzle's phase: the table of one group and atom, [column][row],
+  // holds for all of them.
+  bool regular_;
   uint32_t table_[8][8];
 };
 
 // The set of 16-byte chunks that operands occupy in a CTA's shared memory, given back as contiguous runs. Every
-// operand added must end at or below `limit`.
+// operand added must end at or below LIMIT.
 class Footprint {
  public:
   static constexpr uint32_t LIMIT = 1u << 18;  // what a 14-bit descriptor address can reach
-  void add(const ChunkMap& map, uint32_t first_line, uint32_t lines);
-  void add(const ChunkMap& map) { add(map, 0, map.lines()); }
-  void add_chunks(const ChunkMap& map, uint32_t first_line, uint32_t lines, uint32_t first_chunk, uint32_t chunks);
+  // The part of an operand with mn in [first, first + count); multiples of 8.
+  void add(const SharedOperand& operand, const ChunkMap& map, uint32_t first, uint32_t count);
+  void add(const SharedOperand& operand, const ChunkMap& map) { add(operand, map, 0, operand.mn); }
   bool empty() const { return low_ > high_; }
   void clear();
   // f(address, bytes) for every maximal run, ascending.
@@ -93,13 +112,15 @@ class Footprint {
   }
 
  private:
-  void set(uint32_t offset) {
-    const uint32_t word = offset >> 10;
-    bits_[word] |= 1ull << (offset >> 4 & 63);
+  void add_regular(const ChunkMap& map, uint32_t first_line, uint32_t end_line, uint32_t first_chunk,
+                   uint32_t end_chunk);
+  void set(uint32_t word, uint64_t bits) {
+    bits_[word] |= bits;
     if (word < low_) low_ = word;
     if (word > high_) high_ = word;
   }
-  std::array<uint64_t, LIMIT / 16 / 64> bits_{};
+  static constexpr uint32_t WORDS = LIMIT / 16 / 64;
+  std::array<uint64_t, WORDS> bits_{};
   uint32_t low_ = LIMIT, high_ = 0;  // words in use; low_ > high_: none
 };
 
