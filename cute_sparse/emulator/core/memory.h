@@ -1,6 +1,7 @@
 // Global memory is the host's, checked against the ranges that the Python side registers; and the windows by
 // which a generic address names another space.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -21,12 +22,13 @@ struct Range {
   bool writable = true;
 };
 
+// Ranges may overlap (views of one storage); one that begins where another does takes its place.
 class Memory {
  public:
   void add(uint64_t address, uint64_t bytes, std::string name, bool writable = true);
   void remove(uint64_t address);
-  // The registered range that holds [address, address + bytes), or null. The pointer stays valid while a launch
-  // runs (ranges removed meanwhile are kept until it ends).
+  // The registered range that holds [address, address + bytes), or null. The pointer stays valid until the same
+  // thread has looked up another range, even if this one is removed meanwhile.
   const Range* find(uint64_t address, uint64_t bytes) const;
   // The nearest range below or around an address, for messages: "3 bytes past tensor 'k' (4096 bytes)".
   std::string describe(uint64_t address, uint64_t bytes) const;
@@ -34,6 +36,10 @@ class Memory {
  private:
   mutable std::shared_mutex mutex_;
   std::map<uint64_t, std::shared_ptr<Range>> ranges_;  // by begin
+  uint64_t longest_ = 0;                // of all ranges ever registered: how far back a holder may begin
+  std::atomic<uint64_t> version_{1};    // bumped by add and remove: threads' last hits become void
+
+  std::shared_ptr<Range> search(uint64_t address, uint64_t bytes) const;
 };
 
 }  // namespace emu
