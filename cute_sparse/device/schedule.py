@@ -1,0 +1,182 @@
+"""Work tiles: in which order, and who computes which.
+
+A work tile is one block of query rows of one head of one sequence. `TileOrder` numbers them. A schedule hands
+the numbers out: `OneTile` gives each CTA its own, so the hardware's block scheduler balances the load;
+`DynamicTiles` starts a few CTAs that claim tiles from a counter, so that one tile's loads overlap the last
+tile's stores and no tile's cost has to be known beforehand. Both have the same five methods.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, Uint32, const_expr
+
+from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
+
+NO_TILE = -1  # as m_block: there is no more work
+SLOT_WORDS = 4  # int32 words of a work tile in shared memory, padded to a 16-byte access
+
+
+class WorkTile(NamedTuple):
+    """Block `m_block` of query rows, head `head_idx` (of the query heads), sequence `batch_idx`."""
+
+    m_block: Any
+    head_idx: Any
+    batch_idx: Any
+
+
+@dataclass(frozen=True)
+class TileOrder:
+    """A numbering of the work tiles of a batch, from 0 to `total`.
+
+    Heads (of all sequences, one after the other) go in groups of `heads_per_group`, whose K and V should fit
+    the L2 cache together; within a group, each block of rows visits all its heads before the next block.
+    `longest_first` takes the last rows first: under a causal mask they have the most keys, and short tiles at
+    the end leave the least idle.
+    """
+
+    m_blocks: Any
+    heads: Any
+    batch: Any
+    heads_per_group: Any
+    longest_first: cutlass.Constexpr[bool]
+
+    @property
+    def total(self):
+        return self.m_blocks * self.heads * self.batch
+
+    def tile(self, number) -> WorkTile:
+        """The work tile of a number in [0, total)."""
+        group_tiles = self.heads_per_group * self.m_blocks
+        group = _divided(number, group_tiles)
+        in_group = number - group * group_tiles
+        first_head = group * self.heads_per_group
+        heads = cutlass.min(self.heads_per_group, self.heads * self.batch - first_head)
+        block = _divided(in_group, heads)
+        head = first_head + (in_group - block * heads)
+        batch_idx = _divided(head, self.heads)
+        m_block = self.m_blocks - 1 - block if const_expr(self.longest_first) else block
+        return WorkTile(m_block, head - batch_idx * self.heads, batch_idx)
+
+
+def _divided(numerator, denominator) -> Int32:
+    """Quotient of two non-negative int32; unsigned division takes fewer instructions."""
+    return Int32(Uint32(numerator) // Uint32(denominator))
+
+
+def heads_in_cache(cache_bytes: int, kv_bytes_per_token: int, seqlen_k, group):
+    """How many query heads share `cache_bytes` with the K and V they read; `group` query heads read the same."""
+    kv_bytes = Int64(cutlass.max(seqlen_k, 1)) * kv_bytes_per_token
+    return Int32(cutlass.max(Int64(cache_bytes) // kv_bytes, Int64(1))) * group
+
+
+class Claim(NamedTuple):
+    """What a role of `DynamicTiles` remembers: its slot, and (in the producer's lane 0) the number claimed ahead."""
+
+    cursor: Cursor
+    number: Any
+
+
+@dataclass(frozen=True)
+class OneTile:
+    """One work tile per CTA: the grid is `order.total` CTAs (at least one)."""
+
+    order: TileOrder
+
+    @staticmethod
+    def grid(order: TileOrder):
+        return (cutlass.max(order.total, 1), 1, 1)
+
+    @cute.jit
+    def first(self):
+        number, _, _ = cute.arch.block_idx()
+        tile = self.order.tile(number)
+        m_block = cutlass.select_(number < self.order.total, tile.m_block, Int32(NO_TILE))
+        return WorkTile(m_block, tile.head_idx, tile.batch_idx), Claim(consumer_cursor(), Int32(0))
+
+    def first_for_producer(self):
+        return self.first()
+
+    def next(self, tile: WorkTile, claim: Claim):
+        return WorkTile(Int32(NO_TILE), tile.head_idx, tile.batch_idx), claim
+
+    def next_for_producer(self, tile: WorkTile, claim: Claim):
+        return self.next(tile, claim)
+
+
+@dataclass(frozen=True)
+class DynamicTiles:
+    """CTAs that claim tiles until none is left; the producer warp claims, the other warps read what it publishes.
+
+    counter  int32 (2,) in global memory, zero before the launch and after it: numbers claimed beyond each
+             CTA's first, and CTAs that found no more work
+    slots    int32 (SLOT_WORDS, ring.stages) in shared memory
+    ring     filled by the producer's lane 0, drained by every consumer warp
+    """
+
+    order: TileOrder
+    counter: Any
+    slots: Any
+    ring: Ring
+
+    @staticmethod
+    def grid(order: TileOrder, ctas: int):
+        return (cutlass.min(cutlass.max(order.total, 1), ctas), 1, 1)
+
+    @cute.jit
+    def first_for_producer(self):
+        number, _, _ = cute.arch.block_idx()
+        return self._publish(Claim(producer_cursor(), number))
+
+    @cute.jit
+    def next_for_producer(self, tile: WorkTile, claim: Claim):
+        return self._publish(claim)
+
+    @cute.jit
+    def _publish(self, claim: Claim):
+        """Publish the tile claimed before, and claim the next: its number arrives while this tile is loaded."""
+        number = cute.arch.shuffle_sync(claim.number, 0)
+        tile = self.order.tile(number)
+        has_tile = number < self.order.total
+        m_block = cutlass.select_(has_tile, tile.m_block, Int32(NO_TILE))
+        tile = WorkTile(m_block, tile.head_idx, tile.batch_idx)
+        self.ring.acquire(claim.cursor)
+        claimed = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            for word, value in enumerate(tile):
+                self.slots[word, claim.cursor.index] = value
+            self.ring.publish(claim.cursor)
+            if has_tile:
+                ctas, _, _ = cute.arch.grid_dim()
+                claimed = ctas + cute.arch.atomic_add(self.counter.iterator, Int32(1), sem="relaxed", scope="gpu")
+            else:
+                self._retire()
+        return tile, Claim(self.ring.advanced(claim.cursor), claimed)
+
+    @cute.jit
+    def _retire(self):
+        """The last CTA to run out of work clears the counter for the next launch."""
+        ctas, _, _ = cute.arch.grid_dim()
+        retired = cute.arch.atomic_add(self.counter.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
+        if retired == ctas - 1:
+            self.counter[0] = Int32(0)
+            self.counter[1] = Int32(0)
+
+    @cute.jit
+    def first(self):
+        return self._read(Claim(consumer_cursor(), Int32(0)))
+
+    @cute.jit
+    def next(self, tile: WorkTile, claim: Claim):
+        return self._read(claim)
+
+    @cute.jit
+    def _read(self, claim: Claim):
+        self.ring.wait(claim.cursor)
+        words = [self.slots[word, claim.cursor.index] for word in range(3)]
+        tile = WorkTile(*(cute.arch.make_warp_uniform(word) for word in words))
+        cute.arch.sync_warp()
+        self.ring.release(claim.cursor)
+        return tile, Claim(self.ring.advanced(claim.cursor), claim.number)

@@ -1,0 +1,138 @@
+"""How the Hopper prefill kernel computes a problem: tile sizes, stages, registers, schedule; and which is chosen.
+
+Sources: CUDA C++ Programming Guide (registers and shared memory of compute capability 9.0); the roofs per SM and
+clock are datasheet rates: 4096 BF16 MMA FLOP, 16 exponentials.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+from cute_sparse.problem import Problem, TileGeometry
+
+ARCH = "sm_90a"
+EXPLAIN_VARIABLE = "CUTE_SPARSE_EXPLAIN"  # set it to see which config is chosen, and why, on stderr
+
+WARPGROUP_ROWS = 64
+WARPGROUP_WARPS = 4
+WARPGROUP_THREADS = 32 * WARPGROUP_WARPS
+REGISTER_FILE = 65536  # 32-bit registers of an SM
+SHARED_BYTES = 232448  # that one CTA may have
+BARRIER_BYTES = 1024  # kept for mbarriers, work-tile slots and alignment
+SHARED_ALIGN_BYTES = 1024  # of a 128-byte swizzle atom of 8 rows
+HEAD_DIM_STEP = 32  # head dims are padded to it: 64 bytes, a swizzle that wgmma reads without bank conflicts
+ELEMENT_BYTES = 2
+
+# Registers per thread that setmaxnreg gives to a consumer and to the producer, by consumer warpgroups.
+REGISTERS = {2: (240, 24), 3: (160, 32)}
+# Registers beside the accumulators: descriptors, softmax state, loop state (as ptxas 13.0 needs them).
+OTHER_REGISTERS = 40
+
+MMA_FLOP_PER_CYCLE = 4096
+EXP_PER_CYCLE = 16
+ISSUE_PER_CYCLE = 4
+ISSUES_PER_SCORE = 5.0  # max, multiply-add, exponential, sum, half a conversion: instructions per 32 scores
+STEP_CYCLES = 120  # per KV tile: barriers, first latency of a wgmma (an estimate, not yet measured)
+TYPICAL_SEQLEN = 8192
+
+L2_BYTES = 32 << 20  # of 50 (H100) or 60 MB (H200), what the K and V of a group of heads may take
+DYNAMIC_CTAS = 132  # SMs of an H100 SXM or H200; with fewer SMs the later CTAs find the work done
+SPARSE_TILE_N_MAX = 128  # a wider tile is negligible less often
+
+
+@dataclass(frozen=True)
+class Config:
+    """warpgroups  consumer warpgroups, each of 64 query rows
+    tile_n      keys per KV tile
+    stages      slots of the K ring and of the V ring
+    ping_pong   the warpgroups take turns: one's softmax runs under the other's MMA
+    out_aliases_q  out is staged in Q's shared memory, for want of room: the next Q waits for the store
+    ctas        CTAs that claim work tiles dynamically; 0 gives every CTA one work tile
+    """
+
+    warpgroups: int
+    tile_n: int
+    stages: int = 2
+    ping_pong: bool = True
+    out_aliases_q: bool = False
+    ctas: int = DYNAMIC_CTAS
+
+    @property
+    def tile_m(self) -> int:
+        return self.warpgroups * WARPGROUP_ROWS
+
+    @property
+    def geometry(self) -> TileGeometry:
+        return TileGeometry(self.tile_m, WARPGROUP_ROWS, self.tile_n, order="descending")
+
+    @property
+    def threads(self) -> int:
+        return (self.warpgroups + 1) * WARPGROUP_THREADS
+
+    @property
+    def consumer_registers(self) -> int:
+        return REGISTERS[self.warpgroups][0]
+
+    @property
+    def producer_registers(self) -> int:
+        return REGISTERS[self.warpgroups][1]
+
+
+def padded(head_dim: int) -> int:
+    return -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
+
+
+def shared_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of a CTA, barriers included."""
+    head_dim, head_dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
+    q, out = config.tile_m * head_dim, config.tile_m * head_dim_v
+    kv = config.stages * config.tile_n * (head_dim + head_dim_v)
+    q_and_out = max(q, out) if config.out_aliases_q else q + out
+    return (q_and_out + kv) * ELEMENT_BYTES + BARRIER_BYTES
+
+
+def accumulator_registers(problem: Problem, config: Config) -> int:
+    """Registers per thread for O (fp32), S (fp32) and P (16 bit) of 64 rows on 128 threads."""
+    return padded(problem.head_dim_v) // 2 + config.tile_n // 2 + config.tile_n // 4
+
+
+def candidates(problem: Problem) -> list[Config]:
+    """Every config that fits an SM: shared memory, registers without spills."""
+    widest = SPARSE_TILE_N_MAX if problem.sparsity else 256
+    found = []
+    for warpgroups in REGISTERS:
+        for tile_n in range(widest, 63, -16):
+            for out_aliases_q in (False, True):
+                config = Config(warpgroups, tile_n, out_aliases_q=out_aliases_q)
+                registers = accumulator_registers(problem, config) + OTHER_REGISTERS
+                if registers <= config.consumer_registers and shared_bytes(problem, config) <= SHARED_BYTES:
+                    found.append(config)
+                    break
+    return found
+
+
+def cost(problem: Problem, config: Config) -> float:
+    """Estimated SM cycles per visible score of a typical sequence; lower is better.
+
+    A KV tile takes as long as the busiest of the MMA, the exponential units and the issue slots, and a fixed
+    step; a bounded mask adds the part of its boundary tiles that nobody sees.
+    """
+    scores = config.tile_m * config.tile_n
+    mma = 2 * scores * (padded(problem.head_dim) + padded(problem.head_dim_v)) / MMA_FLOP_PER_CYCLE
+    issue = scores / 32 * ISSUES_PER_SCORE / ISSUE_PER_CYCLE
+    cycles = max(mma, scores / EXP_PER_CYCLE, issue) + STEP_CYCLES
+    wasted_keys = 0 if problem.mask == "full" else (config.tile_m + config.tile_n) / 2
+    visible_keys = TYPICAL_SEQLEN if problem.mask == "full" else TYPICAL_SEQLEN / 2
+    return cycles / scores * (visible_keys + wasted_keys) / visible_keys
+
+
+def choose(problem: Problem) -> Config:
+    """The candidate of lowest cost."""
+    ranked = sorted(candidates(problem), key=lambda config: cost(problem, config))
+    if os.environ.get(EXPLAIN_VARIABLE):
+        for config in ranked[:4]:
+            print(f"{ARCH} prefill {cost(problem, config):.4f} cycles/score {config}", file=sys.stderr)
+        print(f"{ARCH} prefill chose {ranked[0]} for {problem}", file=sys.stderr)
+    return ranked[0]

@@ -1,0 +1,703 @@
+"""Attention forward for sm_90a, in which a warpgroup skips the KV tiles that softmax proves negligible.
+
+    out = softmax(softmax_scale * Q K^T + mask) V,   lse = ln(sum(exp(softmax_scale * Q K^T + mask)))
+
+Q (batch, seqlen_q, heads_q, head_dim), K (batch, seqlen_k, heads_kv, head_dim), V (.., head_dim_v), or packed
+(tokens, heads, head_dim); out like Q with head_dim_v. Online softmax over KV tiles, from the last visible one to
+the first, in FlashAttention-3's pipeline (arXiv 2407.08608: P V of a tile is issued beside Q K^T of the next)
+with BLASST's rule (arXiv 2512.12087): a tile is skipped if in each of a warpgroup's 64 rows
+tile_max < row_max + ln(lambda).
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cute_sparse.kernels.hopper import wgmma
+from cute_sparse.kernels.hopper.config import (
+    ELEMENT_BYTES,
+    L2_BYTES,
+    SHARED_ALIGN_BYTES,
+    WARPGROUP_ROWS,
+    WARPGROUP_THREADS,
+    WARPGROUP_WARPS,
+    Config,
+    choose,
+    padded,
+)
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.runtime import make_ptr
+
+from cute_sparse.device.bundles import (
+    LOG2_E,
+    TMA_ALIGN_BYTES,
+    Lengths,
+    Scale,
+    Span,
+    TokenTensor,
+    log2_threshold,
+    prefill_operands,
+)
+from cute_sparse.device.mask import Band
+from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
+from cute_sparse.device.schedule import SLOT_WORDS, DynamicTiles, OneTile, TileOrder, WorkTile, heads_in_cache
+from cute_sparse.device.softmax import OnlineSoftmax
+from cute_sparse.operands import PREFILL
+from cute_sparse.problem import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, Problem, head_dim_feature
+
+__all__ = ["SUPPORTS", "Config", "choose", "compile"]
+
+SUPPORTS = frozenset(
+    {"dtype:bfloat16", "dtype:float16", "mask:full", "mask:causal", "mask:band"}
+    | {"varlen", "softcap", "sparsity:threshold", "lse", "stats"}
+    | {head_dim_feature(d, d) for d in range(HEAD_DIM_MULTIPLE, HEAD_DIM_MAX + 1, HEAD_DIM_MULTIPLE)}
+    | {head_dim_feature(192, 128)}
+)
+
+DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
+TILE_SLOTS = 2  # work tiles in flight between the producer and the consumers
+SKIP_MAP_KEPT, SKIP_MAP_SKIPPED = 1, 2
+
+
+class NamedBarrier(IntEnum):
+    """Hardware barriers of the CTA; 0 is the whole CTA's. Each name is the first of one per warpgroup."""
+
+    TURN = 1  # ping-pong: it is this warpgroup's turn to issue MMAs (both warpgroups' threads)
+    VOTE = 4  # the warpgroup's threads vote on a tile
+    OUT = 7  # the warpgroup's threads have written out to shared memory, or may now write it
+
+
+@dataclass(frozen=True)
+class TmaTokens:
+    """A TMA atom and the coordinate view of the tensor it moves."""
+
+    atom: cute.CopyAtom
+    tokens: TokenTensor
+
+
+@dataclass(frozen=True)
+class KernelOperands:
+    """The kernel's one argument."""
+
+    q: TmaTokens
+    k: TmaTokens
+    v: TmaTokens
+    out: TmaTokens
+    lse: Any
+    lengths: Lengths
+    group: Any  # query heads per KV head
+    window_left: Any
+    window_right: Any
+    scale: Scale
+    threshold: Any
+    stats: Any
+    order: TileOrder
+    work_counter: Any
+
+
+class Shared(NamedTuple):
+    """Shared memory: tiles and rings."""
+
+    sQ: cute.Tensor  # (tile_m, head_dim)
+    sK: cute.Tensor  # (tile_n, head_dim, stages)
+    sV: cute.Tensor  # (tile_n, head_dim_v, stages)
+    sO: cute.Tensor  # (64, head_dim_v, warpgroups)
+    q_ring: Ring
+    k_ring: Ring
+    v_ring: Ring
+    tile_ring: Ring
+    tile_slots: cute.Tensor  # (SLOT_WORDS, TILE_SLOTS)
+
+
+class Work(NamedTuple):
+    """What a work tile means: whose rows, which keys."""
+
+    tile: WorkTile
+    span_q: Span
+    span_k: Span
+    band: Band
+    begin: Any  # KV tiles [begin, end) are visited, from the last
+    end: Any
+
+
+class Thread(NamedTuple):
+    """A consumer thread's place: its warpgroup (of the consumers), and its index there, 0..127."""
+
+    warpgroup: Any
+    index: Any
+
+
+class Fragments(NamedTuple):
+    """A consumer's MMA operands and accumulators."""
+
+    qk: cute.TiledMma
+    pv: cute.TiledMma
+    tSrQ: cute.Tensor  # (MMA, M, K): descriptors
+    tSrK: cute.Tensor  # (MMA, N, K, stages)
+    tOrP: cute.Tensor  # (MMA, M, K): registers
+    tOrV: cute.Tensor  # (MMA, N, K, stages)
+    acc_O: cute.Tensor  # (MMA, M, N) fp32
+
+
+class Consumer(NamedTuple):
+    """A consumer thread at one work tile."""
+
+    operands: KernelOperands
+    shared: Shared
+    thread: Thread
+    fragments: Fragments
+    work: Work
+    softmax: OnlineSoftmax
+
+
+class HopperPrefill:
+    """The kernel of one (problem, config).
+
+    Roles
+      warpgroup 0        its warp 0 is the producer: TMA loads, work tiles; the other three warps leave at once
+      warpgroups 1..n    consumers of 64 query rows each: MMA, softmax, store
+      setmaxnreg moves the producer's registers to the consumers (`config.REGISTERS`).
+
+    Pipelines  (producer -> consumer: slots; what fills; what drains)
+      q      TMA -> MMA: 1; bytes of Q; one arrival per consumer warp, or, where out is staged in Q's memory, one
+             per warpgroup once the store has read it
+      k, v   TMA -> MMA: `stages` each; bytes of the tile; one arrival per consumer warp
+      tiles  producer -> consumers: 2; one arrival of lane 0; one arrival per consumer warp (dynamic schedule only)
+
+    Timeline, steady state, for KV tile j (j falls)
+      producer   K[j], V[j+1], K[j-1], V[j], ..
+      consumer   wait for the turn; issue S = Q K[j]^T; issue O += P V[j+1]; pass the turn; wait for S; mask;
+                 maxima; vote; p = 2^(..); wait for O; release V[j+1]; P = round(p); rescale O if a reference moved
+
+    Skipping.  The vote is one `barrier.cta.red` over the warpgroup's 128 threads, right after the thread-local maxima
+    and before any exponential. A skipped tile leaves P, the sums and O as they were and clears `p_pending`, which
+    travels with P: the next step then issues Q K^T alone and waits for it alone. With no threshold none of this is
+    compiled. V of a skipped tile is loaded nevertheless: the producer runs ahead of the vote by the depth of the
+    ring, so a copy could only be held back by letting every V load wait for the vote on its tile, which puts the
+    load's latency (about 1 us, the time of a whole step) between the vote and P V of every kept tile.
+    """
+
+    def __init__(self, problem: Problem, config: Config):
+        self.problem = problem
+        self.config = config
+        self.dtype = DTYPES[problem.dtype]
+        self.head_dim = padded(problem.head_dim)
+        self.head_dim_v = padded(problem.head_dim_v)
+        self.tile_m, self.tile_n = config.tile_m, config.tile_n
+        self.stages = config.stages
+        self.sparse = problem.sparsity is not None
+        self.consumer_warps = config.warpgroups * WARPGROUP_WARPS
+        self.q_bytes = self.tile_m * self.head_dim * ELEMENT_BYTES
+        self.k_bytes = self.tile_n * self.head_dim * ELEMENT_BYTES
+        self.v_bytes = self.tile_n * self.head_dim_v * ELEMENT_BYTES
+
+    # ---- host side
+
+    @cute.jit
+    def __call__(self, *values):
+        """Launch; `values` are the operands of `operands.PREFILL` in order, then the stream."""
+        *values, stream = values
+        operands = prefill_operands(self.problem, values)
+        order = self._tile_order(operands)
+        bundle = KernelOperands(
+            q=self._load_atom(operands.q, self._q_layout()),
+            k=self._load_atom(operands.k, cute.select(self._k_layout(), mode=[0, 1])),
+            v=self._load_atom(operands.v, cute.select(self._v_layout(), mode=[0, 1])),
+            out=self._store_atom(operands.out, cute.select(self._out_layout(), mode=[0, 1])),
+            lse=operands.lse,
+            lengths=operands.lengths,
+            group=operands.heads_q // operands.heads_kv,
+            window_left=operands.window_left,
+            window_right=operands.window_right,
+            scale=operands.scale,
+            threshold=operands.threshold,
+            stats=operands.stats,
+            order=order,
+            work_counter=operands.work_counter,
+        )
+        dynamic = self.config.ctas > 0
+        self.kernel(bundle).launch(
+            grid=DynamicTiles.grid(order, self.config.ctas) if const_expr(dynamic) else OneTile.grid(order),
+            block=(self.config.threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    def _tile_order(self, operands) -> TileOrder:
+        """Blocks of rows of one head after the other, or under a mask the longest first, among heads that share L2."""
+        group = operands.heads_q // operands.heads_kv
+        longest_first = self.problem.mask != "full"
+        bytes_per_token = (self.problem.head_dim + self.problem.head_dim_v) * ELEMENT_BYTES
+        heads = heads_in_cache(L2_BYTES, bytes_per_token, operands.lengths.seqlen_k, group)
+        return TileOrder(
+            m_blocks=(operands.lengths.seqlen_q + (self.tile_m - 1)) // self.tile_m,
+            heads=operands.heads_q,
+            batch=operands.batch,
+            heads_per_group=heads if const_expr(longest_first) else Int32(1),
+            longest_first=longest_first,
+        )
+
+    def _load_atom(self, tokens: TokenTensor, smem_layout) -> TmaTokens:
+        return self._tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tokens, smem_layout)
+
+    def _store_atom(self, tokens: TokenTensor, smem_layout) -> TmaTokens:
+        return self._tma_atom(cpasync.CopyBulkTensorTileS2GOp(), tokens, smem_layout)
+
+    def _tma_atom(self, op, tokens: TokenTensor, smem_layout) -> TmaTokens:
+        atom, coordinates = cpasync.make_tiled_tma_atom(
+            op, tokens.tensor, smem_layout, cute.product_each(cute.shape(smem_layout))
+        )
+        return TmaTokens(atom, tokens.viewed_as(coordinates))
+
+    # ---- shared-memory layouts
+
+    def _q_layout(self):
+        return wgmma.row_major_smem(self.dtype, (self.tile_m, self.head_dim))
+
+    def _k_layout(self):
+        return wgmma.row_major_smem(self.dtype, (self.tile_n, self.head_dim, self.stages))
+
+    def _v_layout(self):
+        return wgmma.row_major_smem(self.dtype, (self.tile_n, self.head_dim_v, self.stages))
+
+    def _out_layout(self):
+        return wgmma.row_major_smem(self.dtype, (WARPGROUP_ROWS, self.head_dim_v, self.config.warpgroups))
+
+    # ---- the kernel
+
+    @cute.kernel
+    def kernel(self, operands: KernelOperands):
+        shared = self._allocate(operands)
+        schedule = self._schedule(operands, shared)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp < WARPGROUP_WARPS:
+            cute.arch.setmaxregister_decrease(self.config.producer_registers)
+            if warp == 0:
+                self.load(operands, shared, schedule)
+        else:
+            cute.arch.setmaxregister_increase(self.config.consumer_registers)
+            self.attend(operands, shared, schedule)
+
+    def _allocate(self, operands: KernelOperands) -> Shared:
+        """Carve up shared memory, initialise the barriers, and wait until every thread sees them."""
+        q_drains = self.config.warpgroups if self.config.out_aliases_q else self.consumer_warps
+        q_layout, out_layout = self._q_layout(), self._out_layout()
+        q_elements = cute.cosize(q_layout)
+        if self.config.out_aliases_q:
+            q_elements = max(q_elements, cute.cosize(out_layout))
+
+        smem = cutlass.utils.SmemAllocator()
+        barriers = smem.allocate_array(Int64, 2 * (1 + 2 * self.stages + TILE_SLOTS))
+        tile_slots = smem.allocate_tensor(Int32, cute.make_layout((SLOT_WORDS, TILE_SLOTS)), byte_alignment=16)
+        q_ring = Ring(barriers, 1, q_drains)
+        k_ring = Ring(barriers + 2, self.stages, self.consumer_warps)
+        v_ring = Ring(barriers + 2 + 2 * self.stages, self.stages, self.consumer_warps)
+        tile_ring = Ring(barriers + 2 + 4 * self.stages, TILE_SLOTS, self.consumer_warps)
+
+        def tile(layout, pointer=None, elements=None):
+            if pointer is None:
+                nbytes = (elements or cute.cosize(layout)) * ELEMENT_BYTES
+                pointer = cute.recast_ptr(smem.allocate(nbytes, SHARED_ALIGN_BYTES), dtype=self.dtype)
+            return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, self.dtype), layout.outer), pointer
+
+        sQ, q_pointer = tile(q_layout, elements=q_elements)
+        sK, _ = tile(self._k_layout())
+        sV, _ = tile(self._v_layout())
+        sO, _ = tile(out_layout, q_pointer if self.config.out_aliases_q else None)
+        self._initialise([q_ring, k_ring, v_ring, tile_ring], operands)
+        return Shared(sQ, sK, sV, sO, q_ring, k_ring, v_ring, tile_ring, tile_slots)
+
+    @cute.jit
+    def _initialise(self, rings: list, operands: KernelOperands):
+        if cute.arch.warp_idx() == 0:
+            for tma in (operands.q, operands.k, operands.v, operands.out):
+                cpasync.prefetch_descriptor(tma.atom)
+            with cute.arch.elect_one():
+                for ring in rings:
+                    ring.initialise()
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+    def _schedule(self, operands: KernelOperands, shared: Shared):
+        if self.config.ctas:
+            return DynamicTiles(operands.order, operands.work_counter, shared.tile_slots, shared.tile_ring)
+        return OneTile(operands.order)
+
+    def _work(self, operands: KernelOperands, tile: WorkTile) -> Work:
+        """The same for every role: which keys the CTA walks. None where the block lies past its sequence."""
+        span_q = operands.lengths.span_q(tile.batch_idx)
+        span_k = operands.lengths.span_k(tile.batch_idx)
+        band = Band(
+            self.problem.mask, self.tile_n, span_q.length, span_k.length, operands.window_left, operands.window_right
+        )
+        begin, end = band.visited(tile.m_block * self.tile_m, self.tile_m)
+        return Work(tile, span_q, span_k, band, begin, end)
+
+    # ---- producer
+
+    @cute.jit
+    def load(self, operands: KernelOperands, shared: Shared, schedule):
+        """Q, then K[j] and V[j + 1] in turns, for every work tile."""
+        q, k, v = producer_cursor(), producer_cursor(), producer_cursor()
+        tile, claim = schedule.first_for_producer()
+        while tile.m_block >= 0:
+            work = self._work(operands, tile)
+            if self._has_rows(work):
+                shared.q_ring.acquire(q)
+                if work.end > work.begin:
+                    k, v = self._load_tile(operands, shared, work, q, k, v)
+                else:
+                    # Without keys there is nothing to load, but the slot must change hands: out may be staged in it.
+                    shared.q_ring.expect(q, 0)
+                q = shared.q_ring.advanced(q)
+            tile, claim = schedule.next_for_producer(tile, claim)
+
+    def _has_rows(self, work: Work):
+        """False for blocks of a packed batch that lie past the end of a shorter sequence."""
+        return work.tile.m_block * self.tile_m < work.span_q.length
+
+    @cute.jit
+    def _load_tile(self, operands: KernelOperands, shared: Shared, work: Work, q: Cursor, k: Cursor, v: Cursor):
+        head_kv = work.tile.head_idx // operands.group
+        gQ = operands.q.tokens.sequence(work.tile.head_idx, work.tile.batch_idx, work.span_q)
+        gK = operands.k.tokens.sequence(head_kv, work.tile.batch_idx, work.span_k)
+        gV = operands.v.tokens.sequence(head_kv, work.tile.batch_idx, work.span_k)
+        gQ = cute.local_tile(gQ, (self.tile_m, self.head_dim), (work.tile.m_block, 0))
+        gK = cute.local_tile(gK, (self.tile_n, self.head_dim), (None, 0))  # (tile_n, head_dim, KV tiles)
+        gV = cute.local_tile(gV, (self.tile_n, self.head_dim_v), (None, 0))
+        tQsQ, tQgQ = _tma_partition(operands.q.atom, shared.sQ, gQ)
+        tKsK, tKgK = _tma_partition(operands.k.atom, shared.sK, gK)
+        tVsV, tVgV = _tma_partition(operands.v.atom, shared.sV, gV)
+
+        last = work.end - 1
+        shared.q_ring.expect(q, self.q_bytes)
+        cute.copy(operands.q.atom, tQgQ, tQsQ, tma_bar_ptr=shared.q_ring.full(q))
+        k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, last)
+        for i in cutlass.range(last - work.begin, unroll=1):
+            k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, last - 1 - i)
+            v = _fill(shared.v_ring, v, self.v_bytes, operands.v.atom, tVgV, tVsV, last - i)
+        v = _fill(shared.v_ring, v, self.v_bytes, operands.v.atom, tVgV, tVsV, work.begin)
+        return k, v
+
+    # ---- consumers
+
+    @cute.jit
+    def attend(self, operands: KernelOperands, shared: Shared, schedule):
+        """Softmax and both products for this warpgroup's rows of every work tile."""
+        thread = self._thread()
+        fragments = self._fragments(shared, thread)
+        self._first_turn(thread)
+        q, k, v = consumer_cursor(), consumer_cursor(), consumer_cursor()
+        tile, claim = schedule.first()
+        while tile.m_block >= 0:
+            work = self._work(operands, tile)
+            if self._has_rows(work):
+                softmax = OnlineSoftmax.create(
+                    operands.scale.scale_log2, wgmma.ROWS_PER_THREAD, wgmma.THREADS_PER_ROW, self.sparse
+                )
+                consumer = Consumer(operands, shared, thread, fragments, work, softmax)
+                kept = Int32(0)
+                shared.q_ring.wait(q)
+                if work.end > work.begin:
+                    k, v, kept = self._walk(consumer, q, k, v)
+                else:
+                    softmax.clear()
+                    fragments.acc_O.fill(0.0)
+                self.store(consumer, q)
+                if const_expr(operands.stats is not None):
+                    self._count(consumer, kept)
+                q = shared.q_ring.advanced(q)
+            tile, claim = schedule.next(tile, claim)
+
+    def _thread(self) -> Thread:
+        index, _, _ = cute.arch.thread_idx()
+        warpgroup_idx = cute.arch.make_warp_uniform(index // WARPGROUP_THREADS - 1)
+        return Thread(warpgroup_idx, index % WARPGROUP_THREADS)
+
+    def _fragments(self, shared: Shared, thread: Thread) -> Fragments:
+        qk = wgmma.qk_mma(self.dtype, self.config.warpgroups, self.tile_n)
+        pv = wgmma.pv_mma(self.dtype, self.config.warpgroups, self.head_dim_v)
+        first_thread = thread.warpgroup * WARPGROUP_THREADS
+        qk_slice, pv_slice = qk.get_slice(first_thread), pv.get_slice(first_thread)
+        sVt = wgmma.transposed(shared.sV)  # (head_dim_v, tile_n, stages)
+        return Fragments(
+            qk,
+            pv,
+            tSrQ=qk.make_fragment_A(qk_slice.partition_A(shared.sQ)),
+            tSrK=qk.make_fragment_B(qk_slice.partition_B(shared.sK)),
+            tOrP=pv.make_fragment_A(pv.partition_shape_A((self.tile_m, self.tile_n))),
+            tOrV=pv.make_fragment_B(pv_slice.partition_B(sVt)),
+            acc_O=cute.make_rmem_tensor(pv.partition_shape_C((self.tile_m, self.head_dim_v)), Float32),
+        )
+
+    @cute.jit
+    def _walk(self, consumer: Consumer, q: Cursor, k: Cursor, v: Cursor):
+        """Every KV tile from the last to the first. Returns the cursors and how many tiles were kept."""
+        operands, shared, thread, _, work, _ = consumer
+        threshold_raw = None
+        if const_expr(self.sparse):
+            log2_lambda = log2_threshold(operands.threshold, work.tile.batch_idx, work.tile.head_idx)
+            threshold_raw = log2_lambda / operands.scale.scale_log2
+        last = work.end - 1
+        k = self._first_step(consumer, last, k, threshold_raw)
+        p_pending, kept = Boolean(True), Int32(1)
+        for i in cutlass.range(last - work.begin, unroll=1):
+            keeps = self._step(consumer, last - 1 - i, k, v, p_pending, i > 0, threshold_raw)
+            k, v = shared.k_ring.advanced(k), shared.v_ring.advanced(v)
+            if const_expr(self.sparse):
+                p_pending = keeps
+                kept += Int32(keeps)
+        if const_expr(not self.config.out_aliases_q):
+            shared.q_ring.release(q)
+        self._last_product(consumer, v, p_pending, last > work.begin)
+        return k, shared.v_ring.advanced(v), kept
+
+    @cute.jit
+    def _first_step(self, consumer: Consumer, n_block, k: Cursor, threshold_raw):
+        """The first tile is always kept: S, its softmax, P. Nothing overlaps it within the warpgroup."""
+        _, shared, _, fragments, work, softmax = consumer
+        acc_S = self._accumulator(fragments)
+        shared.k_ring.wait(k)
+        wgmma.issue(fragments.qk, acc_S, fragments.tSrQ, fragments.tSrK[None, None, None, k.index], False)
+        warpgroup.wait_group(0)
+        shared.k_ring.release(k)
+        self._score(consumer, acc_S, n_block)
+        scores = wgmma.by_rows(acc_S)
+        in_sequence = [row < work.span_q.length for row in self._rows(consumer)]
+        softmax.start(scores, softmax.thread_max(scores), threshold_raw, in_sequence)
+        wgmma.round_to(self.dtype, acc_S, fragments.tOrP)
+        self._record(consumer, n_block, Boolean(True))
+        return shared.k_ring.advanced(k)
+
+    @cute.jit
+    def _step(self, consumer: Consumer, n_block, k: Cursor, v: Cursor, p_pending, accumulate, threshold_raw):
+        """One further tile; P V of the last kept tile runs beside this one's Q K^T. Returns whether it is kept."""
+        _, shared, thread, fragments, _, softmax = consumer
+        acc_S = self._accumulator(fragments)
+        shared.k_ring.wait(k)
+        self._await_turn(thread)
+        wgmma.issue(fragments.qk, acc_S, fragments.tSrQ, fragments.tSrK[None, None, None, k.index], False)
+        if p_pending:
+            shared.v_ring.wait(v)
+            tOrV = fragments.tOrV[None, None, None, v.index]
+            wgmma.issue(fragments.pv, fragments.acc_O, fragments.tOrP, tOrV, accumulate)
+            self._pass_turn(thread)
+            warpgroup.wait_group(1)
+        else:
+            self._pass_turn(thread)
+            warpgroup.wait_group(0)
+        shared.k_ring.release(k)
+        self._score(consumer, acc_S, n_block)
+        scores = wgmma.by_rows(acc_S)
+        thread_max = softmax.thread_max(scores)
+        keeps = Boolean(True)
+        if const_expr(self.sparse):
+            wants = softmax.wants(thread_max, self._sees_key(consumer, n_block))
+            keeps = wgmma.any_of_warpgroup(wants, NamedBarrier.VOTE + thread.warpgroup)
+            self._record(consumer, n_block, keeps)
+        if keeps:
+            moved, factors = softmax.advance(scores, thread_max, threshold_raw)
+            warpgroup.wait_group(0)
+            wgmma.round_to(self.dtype, acc_S, fragments.tOrP)
+            if moved:
+                self._rescale(fragments.acc_O, factors)
+        else:
+            warpgroup.wait_group(0)
+        if not p_pending:
+            shared.v_ring.wait(v)
+        shared.v_ring.release(v)
+        return keeps
+
+    @cute.jit
+    def _last_product(self, consumer: Consumer, v: Cursor, p_pending, accumulate):
+        """O += P V of the last kept tile, if it was the last visited."""
+        _, shared, _, fragments, _, _ = consumer
+        shared.v_ring.wait(v)
+        if p_pending:
+            tOrV = fragments.tOrV[None, None, None, v.index]
+            wgmma.issue(fragments.pv, fragments.acc_O, fragments.tOrP, tOrV, accumulate)
+            warpgroup.wait_group(0)
+        shared.v_ring.release(v)
+
+    @cute.jit
+    def store(self, consumer: Consumer, q: Cursor):
+        """Normalise O and store it through shared memory by TMA, which drops rows and columns that do not exist."""
+        operands, shared, thread, fragments, work, softmax = consumer
+        inverses, lse = softmax.finish()
+        self._rescale(fragments.acc_O, inverses)
+        if const_expr(operands.lse is not None):
+            self._store_lse(consumer, lse)
+        self._await_out_room(thread)
+        rounded = cute.make_rmem_tensor_like(fragments.acc_O, self.dtype)
+        wgmma.round_to(self.dtype, fragments.acc_O, rounded)
+        sO = shared.sO[None, None, thread.warpgroup]
+        wgmma.store_accumulator(self.dtype, rounded, sO, thread.index)
+        cute.arch.fence_view_async_shared()
+        self._warpgroup_barrier(NamedBarrier.OUT, thread)
+        if self._warp_in_warpgroup(thread) == 0:
+            gO = operands.out.tokens.sequence(work.tile.head_idx, work.tile.batch_idx, work.span_q)
+            row_block = work.tile.m_block * self.config.warpgroups + thread.warpgroup
+            gO = cute.local_tile(gO, (WARPGROUP_ROWS, self.head_dim_v), (row_block, 0))
+            tOsO, tOgO = _tma_partition(operands.out.atom, sO, gO)
+            cute.copy(operands.out.atom, tOsO, tOgO)
+            cute.arch.cp_async_bulk_commit_group()
+            if const_expr(self.config.out_aliases_q):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                shared.q_ring.release(q)
+
+    @cute.jit
+    def _await_out_room(self, thread: Thread):
+        """Wait until the last tile's store has read this warpgroup's staging memory, and its MMAs their Q."""
+        if const_expr(not self.config.out_aliases_q):
+            if self._warp_in_warpgroup(thread) == 0:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+        self._warpgroup_barrier(NamedBarrier.OUT, thread)
+
+    @cute.jit
+    def _store_lse(self, consumer: Consumer, lse: list):
+        """One thread of the four that share a row writes it."""
+        operands, _, thread, _, work, _ = consumer
+        if thread.index % wgmma.THREADS_PER_ROW == 0:
+            first, head, batch = work.span_q.first, work.tile.head_idx, work.tile.batch_idx
+            for row, q_idx in enumerate(self._rows(consumer)):
+                if q_idx < work.span_q.length:
+                    operands.lse[first + q_idx, head, 0 if const_expr(self.problem.varlen) else batch] = lse[row]
+
+    # ---- one tile's scores
+
+    def _accumulator(self, fragments: Fragments) -> cute.Tensor:
+        return cute.make_rmem_tensor(fragments.qk.partition_shape_C((self.tile_m, self.tile_n)), Float32)
+
+    def _first_row(self, consumer: Consumer):
+        """The first query row of the warpgroup."""
+        return consumer.work.tile.m_block * self.tile_m + consumer.thread.warpgroup * WARPGROUP_ROWS
+
+    def _rows(self, consumer: Consumer) -> list:
+        """This thread's query rows."""
+        first = self._first_row(consumer) + wgmma.first_row(consumer.thread.index)
+        return [first + wgmma.ROW_STEP * row for row in range(wgmma.ROWS_PER_THREAD)]
+
+    @cute.jit
+    def _score(self, consumer: Consumer, acc_S: cute.Tensor, n_block):
+        """Softcap, and the mask where the warpgroup's rows do not see the whole tile."""
+        tanh_scale = consumer.operands.scale.tanh_scale
+        if const_expr(tanh_scale is not None):
+            for i in cutlass.range_constexpr(cute.size(acc_S)):
+                acc_S[i] = tanh(acc_S[i] * tanh_scale)
+        whole = consumer.work.band.whole(self._first_row(consumer), WARPGROUP_ROWS)
+        if n_block < whole.begin or n_block >= whole.end:
+            scores = wgmma.by_rows(acc_S)
+            columns = wgmma.columns_of(self.tile_n)
+            first_column = n_block * self.tile_n + wgmma.first_column(consumer.thread.index)
+            for row, q_idx in enumerate(self._rows(consumer)):
+                consumer.work.band.hide(scores[row, None], columns, q_idx, first_column)
+
+    def _sees_key(self, consumer: Consumer, n_block):
+        """Per row, whether it sees a key of the tile; None where every row of the sequence does, or says so by -inf."""
+        if const_expr(self.problem.mask != "band"):
+            return None
+        seen = [consumer.work.band.keys(q_idx) for q_idx in self._rows(consumer)]
+        first_key = n_block * self.tile_n
+        return [(keys.begin < first_key + self.tile_n) & (keys.end > first_key) for keys in seen]
+
+    def _rescale(self, acc_O: cute.Tensor, factors) -> None:
+        rows = wgmma.by_rows(acc_O)
+        for row in range(wgmma.ROWS_PER_THREAD):
+            for i in range(cute.size(rows, mode=[1])):
+                rows[row, i] = rows[row, i] * factors[row]
+
+    # ---- counting
+
+    @cute.jit
+    def _record(self, consumer: Consumer, n_block, keeps):
+        """One byte of the skip map per warpgroup and tile."""
+        operands, _, thread, _, work, _ = consumer
+        if const_expr(operands.stats is not None):
+            first_row = self._first_row(consumer)
+            if thread.index == 0 and first_row < work.span_q.length:
+                decision = cutlass.select_(keeps, Int32(SKIP_MAP_KEPT), Int32(SKIP_MAP_SKIPPED))
+                tile, group = work.tile, first_row // WARPGROUP_ROWS
+                operands.stats.skip_map[tile.batch_idx, tile.head_idx, group, n_block] = cutlass.Uint8(decision)
+
+    @cute.jit
+    def _count(self, consumer: Consumer, kept):
+        """Add this warpgroup's kept and visited tiles to its head's."""
+        operands, _, thread, _, work, _ = consumer
+        visited = cutlass.max(work.end - work.begin, 0)
+        if thread.index == 0 and self._first_row(consumer) < work.span_q.length:
+            counts = operands.stats.tile_counts
+            for which, count in enumerate((kept, visited)):
+                offset = cute.crd2idx((which, work.tile.batch_idx, work.tile.head_idx), counts.layout)
+                cute.arch.red(counts.iterator + offset, count, op="add", sem="relaxed", scope="gpu")
+
+    # ---- barriers
+
+    def _warp_in_warpgroup(self, thread: Thread):
+        return cute.arch.make_warp_uniform(thread.index // cute.arch.WARP_SIZE)
+
+    def _warpgroup_barrier(self, name: NamedBarrier, thread: Thread) -> None:
+        cute.arch.barrier(barrier_id=int(name) + thread.warpgroup, number_of_threads=WARPGROUP_THREADS)
+
+    @cute.jit
+    def _first_turn(self, thread: Thread):
+        """Warpgroup 0 begins: it hands itself the turn."""
+        if const_expr(self.config.ping_pong):
+            if thread.warpgroup == 0:
+                self._arrive_turn(thread.warpgroup)
+
+    def _await_turn(self, thread: Thread) -> None:
+        if self.config.ping_pong:
+            barrier = int(NamedBarrier.TURN) + thread.warpgroup
+            cute.arch.barrier(barrier_id=barrier, number_of_threads=2 * WARPGROUP_THREADS)
+
+    def _pass_turn(self, thread: Thread) -> None:
+        if self.config.ping_pong:
+            following = thread.warpgroup + 1
+            self._arrive_turn(cutlass.select_(following == self.config.warpgroups, Int32(0), following))
+
+    def _arrive_turn(self, warpgroup_idx) -> None:
+        barrier = int(NamedBarrier.TURN) + warpgroup_idx
+        cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=2 * WARPGROUP_THREADS)
+
+
+def tanh(x) -> Float32:
+    """tanh(x) = 1 - 2 / (2^(2 x log2(e)) + 1), to about 1e-7; the hardware's own is good to 2^-11 only."""
+    power = cute.math.exp2(x * (2.0 * LOG2_E), fastmath=True)
+    return 1.0 - 2.0 * cute.arch.rcp_approx(power + 1.0)
+
+
+def _tma_partition(atom: cute.CopyAtom, smem_tile: cute.Tensor, gmem_tile: cute.Tensor):
+    """Shared and global memory as one TMA copy sees them: (copy[, stages]) and (copy[, tiles])."""
+    whole = cute.make_layout(1)
+    return cpasync.tma_partition(
+        atom, 0, whole, cute.group_modes(smem_tile, 0, 2), cute.group_modes(gmem_tile, 0, 2)
+    )
+
+
+def _fill(ring: Ring, slot: Cursor, tx_bytes: int, atom: cute.CopyAtom, source, target, n_block) -> Cursor:
+    """Load KV tile `n_block` of source into a slot, once that is empty; returns the next slot."""
+    ring.acquire(slot)
+    ring.expect(slot, tx_bytes)
+    cute.copy(atom, source[None, n_block], target[None, slot.index], tma_bar_ptr=ring.full(slot))
+    return ring.advanced(slot)
+
+
+def compile(problem: Problem, config: Config | None = None):
+    """Compile the host function of `HopperPrefill` for sm_90a: callable with the operands of PREFILL, then a stream."""
+    kernel = HopperPrefill(problem, config or choose(problem))
+    element_types = {"q": DTYPES[problem.dtype], "k": DTYPES[problem.dtype], "v": DTYPES[problem.dtype]}
+    element_types |= {"out": DTYPES[problem.dtype], "lse": Float32, "threshold": Float32, "skip_map": cutlass.Uint8}
+    placeholders = {"int32": Int32(1), "int64": Int64(1), "float32": Float32(1.0)}
+    arguments = []
+    for operand in PREFILL:
+        if operand.type == "pointer":
+            dtype = element_types.get(operand.name, Int32)
+            align = TMA_ALIGN_BYTES if operand.name in ("q", "k", "v", "out") else dtype.width // 8
+            arguments.append(make_ptr(dtype, 0, cute.AddressSpace.gmem, assumed_align=align))
+        else:
+            arguments.append(placeholders[operand.type])
+    return cute.compile(kernel, *arguments, cuda.CUstream(0))
