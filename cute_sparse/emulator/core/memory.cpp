@@ -19,6 +19,11 @@ struct LastHits {
 
 thread_local LastHits last_hits;
 
+uint64_t new_version() {
+  static std::atomic<uint64_t> versions{0};
+  return ++versions;
+}
+
 bool holds(const Range& range, uint64_t address, uint64_t bytes) {
   return address >= range.begin && address <= range.end && bytes <= range.end - address;
 }
@@ -35,18 +40,20 @@ std::string hex(uint64_t value) {
 
 }  // namespace
 
+Memory::Memory() : version_(new_version()) {}
+
 void Memory::add(uint64_t address, uint64_t bytes, std::string name, bool writable) {
   auto range = std::make_shared<Range>(Range{address, address + bytes, std::move(name), writable});
   std::unique_lock<std::shared_mutex> lock(mutex_);
   ranges_[address] = std::move(range);
   longest_ = std::max(longest_, bytes);
-  ++version_;
+  version_ = new_version();
 }
 
 void Memory::remove(uint64_t address) {
   std::unique_lock<std::shared_mutex> lock(mutex_);
   ranges_.erase(address);
-  ++version_;
+  version_ = new_version();
 }
 
 std::shared_ptr<Range> Memory::search(uint64_t address, uint64_t bytes) const {

@@ -25,6 +25,7 @@ struct Range {
 // Ranges may overlap (views of one storage); one that begins where another does takes its place.
 class Memory {
  public:
+  Memory();
   void add(uint64_t address, uint64_t bytes, std::string name, bool writable = true);
   void remove(uint64_t address);
   // The registered range that holds [address, address + bytes), or null. The pointer stays valid until the same
@@ -37,7 +38,7 @@ class Memory {
   mutable std::shared_mutex mutex_;
   std::map<uint64_t, std::shared_ptr<Range>> ranges_;  // by begin
   uint64_t longest_ = 0;                // of all ranges ever registered: how far back a holder may begin
-  std::atomic<uint64_t> version_{1};    // bumped by add and remove: threads' last hits become void
+  std::atomic<uint64_t> version_;       // unique in the process; add and remove change it: last hits become void
 
   std::shared_ptr<Range> search(uint64_t address, uint64_t bytes) const;
 };

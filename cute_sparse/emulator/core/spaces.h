@@ -44,6 +44,12 @@ void acquire(Warp& warp, const Clock& clock);
 // The executing lanes' earlier accesses and those of the rest of the warp are ordered from here on (bar.warp.sync).
 void converge(Warp& warp);
 
+// Synchronisation through a global or shared location (generic address): what a store, red or atom with .release
+// publishes there, a load or atom with .acquire learns. `relaxed`: only what an earlier fence has released, or what a
+// later fence makes known.
+void release_at(Warp& warp, uint64_t address, bool relaxed);
+void acquire_at(Warp& warp, uint64_t address, bool relaxed);
+
 // What a blocked group waits for, for deadlock reports: the barrier's phase, arrivals and bytes due.
 std::string describe_wait(const Cta& cta, const Wait& wait);
 

@@ -1,0 +1,264 @@
+// Shared and global memory as a warp meets them: bounds, alignment, access histories, and what releases and acquires
+// carry from warp to warp.
+#include "spaces.h"
+
+#include <algorithm>
+#include <cstdio>
+
+namespace emu {
+
+// Global accesses of one cluster, and the clocks left at global locations by releases.
+struct GlobalHistory {
+  static constexpr uint32_t PAGE_SHIFT = 16;
+  static constexpr uint64_t PAGE_BYTES = 1ull << PAGE_SHIFT;
+  std::unordered_map<uint64_t, std::unique_ptr<Shadow>> pages;
+  std::unordered_map<uint64_t, Clock> locations;
+  uint64_t last_page = UINT64_MAX;
+  Shadow* last_shadow = nullptr;
+
+  Shadow& page(RaceDetector& detector, uint64_t number) {
+    if (number != last_page) {
+      std::unique_ptr<Shadow>& shadow = pages[number];
+      if (!shadow) shadow = std::make_unique<Shadow>(detector, PAGE_BYTES / 4);
+      last_page = number;
+      last_shadow = shadow.get();
+    }
+    return *last_shadow;
+  }
+};
+
+namespace {
+
+std::string hex(uint64_t value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+[[noreturn]] void fail_shared(Warp& warp, uint32_t address, uint32_t bytes, const std::string& why, int lane) {
+  warp.fail(ErrorKind::out_of_bounds,
+            std::to_string(bytes) + " bytes at shared address " + hex(address) + ": " + why, lane);
+}
+
+[[noreturn]] void fail_alignment(Warp& warp, uint64_t address, uint32_t align, const char* space, int lane) {
+  warp.fail(ErrorKind::misaligned, std::string(space) + " address " + hex(address) + " is not a multiple of " +
+                                       std::to_string(align) + " bytes", lane);
+}
+
+Cta& cta_at(Warp& warp, uint32_t address) {
+  if (address >> SHARED_RANK_SHIFT == warp.cta->rank) return *warp.cta;
+  return warp.cluster->cta_of(address, &warp);
+}
+
+Access access_by(Warp& warp, ActorId actor, uint32_t epoch, Proxy proxy, bool write, bool atomic, int lane) {
+  Access access;
+  access.actor = actor;
+  access.epoch = epoch;
+  access.proxy = proxy;
+  access.write = write;
+  access.atomic = atomic;
+  access.warp = warp.index;
+  access.cta_rank = warp.cta->rank;
+  access.statement = warp.program->code[warp.group().pc].statement;
+  access.lane = lane;
+  return access;
+}
+
+Access generic_access(Warp& warp, bool write, bool atomic, int lane) {
+  return access_by(warp, warp.actor, warp.clock.at(warp.actor), Proxy::generic, write, atomic, lane);
+}
+
+void check_shared(Warp& warp, uint32_t address, uint32_t bytes, const Access& access, int lane) {
+  Cta& cta = cta_at(warp, address);
+  Conflict conflict = cta.shared_shadow->access_bytes(address & SHARED_OFFSET_MASK, bytes, access, warp.clock,
+                                                      !access.write);
+  if (!conflict.found && !conflict.uninitialised) return;
+  conflict.address |= uint64_t(cta.rank) << SHARED_RANK_SHIFT;
+  report(warp, conflict, "shared memory", lane);
+}
+
+GlobalHistory& global_history(Cluster& cluster) {
+  if (!cluster.global_history) cluster.global_history = std::make_shared<GlobalHistory>();
+  return *cluster.global_history;
+}
+
+void check_global(Warp& warp, uint64_t address, uint64_t bytes, const Access& access, int lane) {
+  GlobalHistory& history = global_history(*warp.cluster);
+  for (uint64_t at = address; at < address + bytes;) {
+    const uint64_t number = at >> GlobalHistory::PAGE_SHIFT, base = number << GlobalHistory::PAGE_SHIFT;
+    const uint64_t stop = std::min(address + bytes, base + GlobalHistory::PAGE_BYTES);
+    Shadow& shadow = history.page(warp.cluster->race, number);
+    Conflict conflict = shadow.access_bytes(at - base, stop - at, access, warp.clock, false);
+    if (conflict.found) {
+      conflict.address += base;
+      report(warp, conflict, "global memory", lane);
+    }
+    at = stop;
+  }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------
+// Bounds and alignment
+
+uint8_t* shared_at(Warp& warp, uint32_t address, uint32_t bytes, uint32_t align, int lane) {
+  Cta& cta = cta_at(warp, address);
+  const uint32_t offset = address & SHARED_OFFSET_MASK;
+  if (offset < SHARED_BASE) fail_shared(warp, address, bytes, "the first 1024 bytes are the system's", lane);
+  if (uint64_t(offset) + bytes > uint64_t(SHARED_BASE) + cta.shared_bytes)
+    fail_shared(warp, address, bytes, "the CTA has " + std::to_string(cta.shared_bytes) + " bytes, from " +
+                                          hex((uint64_t(cta.rank) << SHARED_RANK_SHIFT) + SHARED_BASE) + " on", lane);
+  if (cta.live_warps == 0) fail_shared(warp, address, bytes, "the CTA that it belongs to has ended", lane);
+  if (address & (align - 1)) fail_alignment(warp, address, align, "shared", lane);
+  return cta.shared.data() + offset;
+}
+
+uint8_t* global_at(Warp& warp, uint64_t address, uint64_t bytes, uint32_t align, bool write, int lane) {
+  const Memory& memory = warp.cluster->launch->device->memory;
+  const Range* range = memory.find(address, bytes);
+  if (!range) warp.fail(ErrorKind::out_of_bounds, "global memory: " + memory.describe(address, bytes), lane);
+  if (write && !range->writable) {
+    Site site = warp.site(lane);
+    site.tensor = range->name;
+    throw EmulatorError(ErrorKind::out_of_bounds, "writes to read-only memory '" + range->name + "'", site);
+  }
+  if (address & (align - 1)) fail_alignment(warp, address, align, "global", lane);
+  return reinterpret_cast<uint8_t*>(address);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Access histories
+
+void touch_shared(Warp& warp, uint32_t address, uint32_t bytes, bool write, bool atomic, int lane) {
+  if (!warp.cluster->race.enabled) return;
+  check_shared(warp, address, bytes, generic_access(warp, write, atomic, lane), lane);
+}
+
+void touch_global(Warp& warp, uint64_t address, uint64_t bytes, bool write, bool atomic, int lane) {
+  if (!warp.cluster->race.enabled) return;
+  check_global(warp, address, bytes, generic_access(warp, write, atomic, lane), lane);
+}
+
+void touch_shared_async(Warp& warp, const Stamp& stamp, uint32_t address, uint32_t bytes, bool write) {
+  if (!warp.cluster->race.enabled) return;
+  check_shared(warp, address, bytes, access_by(warp, stamp.actor, stamp.epoch, stamp.proxy, write, false, -1), -1);
+}
+
+void touch_global_async(Warp& warp, const Stamp& stamp, uint64_t address, uint64_t bytes, bool write, bool atomic) {
+  if (!warp.cluster->race.enabled) return;
+  check_global(warp, address, bytes, access_by(warp, stamp.actor, stamp.epoch, stamp.proxy, write, atomic, -1), -1);
+}
+
+namespace {
+
+std::string who(const Warp& warp, const Access& access) {
+  const Statement& statement = warp.program->text->statements[access.statement];
+  std::string text = access.proxy == Proxy::generic ? "" : access.proxy == Proxy::async ? "async-proxy " : "tensor ";
+  text += access.write ? (access.atomic ? "atomic write" : "write") : "read";
+  text += access.actor == 0 ? " from before the launch" : " by warp " + std::to_string(access.warp);
+  if (access.lane >= 0) text += " lane " + std::to_string(access.lane);
+  if (warp.cluster->ctas.size() > 1) text += " of CTA rank " + std::to_string(access.cta_rank);
+  text += " (PTX line " + std::to_string(statement.line) + ": " + statement.text;
+  if (!statement.source.empty()) text += ", " + statement.source;
+  return text + ")";
+}
+
+}  // namespace
+
+void report(Warp& warp, const Conflict& conflict, const char* space, int lane) {
+  const std::string place = std::string(space) + " at " + hex(conflict.address);
+  Site site = warp.site(lane);
+  if (std::string(space) == "global memory")
+    if (const Range* range = warp.cluster->launch->device->memory.find(conflict.address, 1)) site.tensor = range->name;
+  if (conflict.uninitialised)
+    throw EmulatorError(ErrorKind::uninitialised, "reads " + place + ", which nothing has written", site);
+  if (conflict.missing_proxy_fence)
+    throw EmulatorError(ErrorKind::missing_proxy_fence,
+                        "reads " + place + " through the async proxy after the " + who(warp, conflict.earlier) +
+                            ", without fence.proxy.async between", site);
+  throw EmulatorError(ErrorKind::race, "touches " + place + ", not ordered after the " + who(warp, conflict.earlier),
+                      site);
+}
+
+Stamp signal_stamp(Warp& warp, uint32_t address) {
+  const MBarrier& barrier = warp.cluster->mbarrier(address, &warp);
+  if (warp.cluster->race.enabled && warp.clock.proxied_at(barrier.init_actor) < barrier.init_epoch)
+    warp.fail(ErrorKind::missing_proxy_fence,
+              "signals the mbarrier at " + hex(address) + " through the async proxy, but no fence.mbarrier_init or "
+              "fence.proxy.async follows its mbarrier.init by warp " + std::to_string(barrier.init_warp));
+  return {barrier.actor, uint32_t(barrier.phase + 1), Proxy::async};
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Release and acquire
+
+namespace {
+
+// While it lives, the warp's clock holds only what its executing lanes may publish: of the warp's own accesses, those
+// before its last convergence and those of these lanes.
+class PublishedView {
+ public:
+  explicit PublishedView(Warp& warp) : clock_(warp.clock), actor_(warp.actor) {
+    if ((warp.mask & warp.live) == warp.live) return;
+    partial_ = true;
+    seen_ = clock_.at(actor_);
+    proxied_ = clock_.proxied_at(actor_);
+    clock_.seen[actor_] = std::min(seen_, warp.order.converged);
+    if (proxied_) clock_.proxied[actor_] = std::min(proxied_, warp.order.converged);
+    clock_.partial.push_back({actor_, warp.mask, seen_, proxied_});
+  }
+  ~PublishedView() {
+    if (!partial_) return;
+    clock_.partial.pop_back();
+    clock_.seen[actor_] = seen_;
+    if (proxied_) clock_.proxied[actor_] = proxied_;
+  }
+
+ private:
+  Clock& clock_;
+  ActorId actor_;
+  bool partial_ = false;
+  uint32_t seen_ = 0, proxied_ = 0;
+};
+
+void next_epoch(Warp& warp) { ++warp.clock.seen[warp.actor]; }
+
+}  // namespace
+
+void release_into(Warp& warp, Clock& target) {
+  {
+    PublishedView view(warp);
+    target.join(warp.clock);
+  }
+  next_epoch(warp);
+}
+
+Clock release(Warp& warp) {
+  Clock published;
+  release_into(warp, published);
+  return published;
+}
+
+void acquire(Warp& warp, const Clock& clock) { warp.clock.join(clock); }
+
+void converge(Warp& warp) {
+  warp.order.converged = warp.clock.at(warp.actor);
+  next_epoch(warp);
+}
+
+void release_at(Warp& warp, uint64_t address, bool relaxed) {
+  if (!warp.cluster->race.enabled) return;
+  Clock& location = global_history(*warp.cluster).locations[address];
+  if (relaxed) location.join(warp.order.fenced); else release_into(warp, location);
+}
+
+void acquire_at(Warp& warp, uint64_t address, bool relaxed) {
+  if (!warp.cluster->race.enabled) return;
+  const auto& locations = global_history(*warp.cluster).locations;
+  const auto found = locations.find(address);
+  if (found == locations.end()) return;
+  if (relaxed) warp.order.unfenced.join(found->second); else acquire(warp, found->second);
+}
+
+}  // namespace emu
