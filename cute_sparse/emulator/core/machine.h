@@ -200,6 +200,7 @@ struct Warp {
   Tally tally;
   uint64_t* issued = nullptr;    // per code index: executed or predicated off
   uint64_t* executed = nullptr;  // per code index: with at least one lane
+  std::vector<uint8_t> local;    // .local variables of the 32 lanes, one lane after the other
   std::shared_ptr<void> wgmma, bulk, cp_async, tcgen05;  // a family's own per-warp state
 
   Group& group() { return groups[current]; }
