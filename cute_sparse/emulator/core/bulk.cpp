@@ -112,7 +112,7 @@ BulkStamps next_bulk_operation(Warp& warp, uint32_t lane, uint32_t statement) {
 }
 
 void check_bulk_at_exit(Warp& warp, uint32_t lanes) {
-  if (!warp.bulk) return;
+  if (!warp.bulk || !warp.cluster->race.enabled) return;
   const BulkState& state = bulk_state(warp);
   for (uint32_t rest = lanes & state.used; rest; rest &= rest - 1) {
     const uint32_t lane = uint32_t(__builtin_ctz(rest));

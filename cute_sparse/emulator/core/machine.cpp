@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "bulk.h"
 #include "interpreter.h"
 #include "tensor_memory.h"
 
@@ -115,6 +116,7 @@ bool select_group(Warp& w) {
 }
 
 void leave(Warp& w, uint32_t lanes) {
+  check_bulk_at_exit(w, lanes);
   w.live &= ~lanes;
   Group& g = w.group();
   g.mask &= ~lanes;
