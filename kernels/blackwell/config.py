@@ -1,0 +1,241 @@
+"""How the Blackwell kernels do it: tile sizes, ring depths, warps, register budgets; and the choice among them."""
+
+import os
+from dataclasses import dataclass
+
+from cute_sparse.kernels.blackwell.tmem import TmemPlan
+from cute_sparse.problem import Problem, TileGeometry
+
+TILE_M = 128  # rows of a query tile: one tensor-memory lane, and one softmax thread, each
+WARPS_PER_GROUP = 4  # a warpgroup: what setmaxnreg acts on, and what reaches all 128 lanes of tensor memory
+THREADS_PER_WARP = 32
+ELEMENT_BYTES = 2
+SM_REGISTERS = 65536
+SM_SHARED_BYTES = 232448  # 227 KiB, the most one CTA may have (cudaDevAttrMaxSharedMemoryPerBlockOptin)
+RESERVED_SHARED_BYTES = 3072  # barriers, flags, one float a row and query tile, and the alignment of the tiles
+L2_BYTES = 96 << 20  # of B200's 126 MB: what K and V of the heads in flight may take
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """One way to run the prefill kernel.
+
+    head_dim, head_dim_v   padded to what the instructions take
+    query_tiles     2: two query tiles of 128 rows, each with its S and O in tensor memory; 1: one query tile
+                    with two buffers of S, for a head_dim_v whose O leaves no room for a second
+    tile_n          keys per KV tile
+    k_chunks, v_chunks   ring slots per KV tile: K is cut along head_dim, V along head_dim_v
+    k_stages, v_stages   ring slots
+    p_early_columns  columns of P released to the MMA warp before the rest is computed
+    exp2_emulated    pairs out of 16 that `exp2.py` computes, in all but the last 32 columns of a tile
+    registers_*      per thread after setmaxnreg
+    """
+
+    head_dim: int
+    head_dim_v: int
+    query_tiles: int
+    tile_n: int
+    k_chunks: int
+    v_chunks: int
+    k_stages: int
+    v_stages: int
+    p_early_columns: int
+    exp2_emulated: int
+    registers_softmax: int
+    registers_correction: int
+    registers_other: int
+
+    def __post_init__(self) -> None:
+        assert self.registers_total <= SM_REGISTERS, f"{self.registers_total} registers planned of {SM_REGISTERS}"
+        assert self.shared_bytes <= SM_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory planned"
+        assert self.k_stages >= self.k_chunks and self.v_stages >= self.v_chunks, "a KV tile must fit its ring"
+        assert self.p_early_columns % 32 == 0 and 0 < self.p_early_columns < self.tile_n
+        self.tmem  # asserts that it fits  # noqa: B018
+
+    @property
+    def score_buffers(self) -> int:
+        return 2
+
+    @property
+    def tmem(self) -> TmemPlan:
+        return TmemPlan.make(self.tile_n, self.head_dim_v, self.score_buffers, self.query_tiles)
+
+    @property
+    def k_chunk(self) -> int:
+        return self.head_dim // self.k_chunks
+
+    @property
+    def v_chunk(self) -> int:
+        return self.head_dim_v // self.v_chunks
+
+    @property
+    def softmax_warps(self) -> int:
+        return WARPS_PER_GROUP * self.query_tiles
+
+    @property
+    def correction_warp(self) -> int:
+        """The first of the correction warpgroup's four warps."""
+        return self.softmax_warps
+
+    @property
+    def mma_warp(self) -> int:
+        return self.correction_warp + WARPS_PER_GROUP
+
+    @property
+    def load_warp(self) -> int:
+        return self.mma_warp + 1
+
+    @property
+    def warps(self) -> int:
+        """All warps: the MMA and load warps share a warpgroup with two idle ones, because of setmaxnreg."""
+        return self.mma_warp + WARPS_PER_GROUP
+
+    @property
+    def threads(self) -> int:
+        return self.warps * THREADS_PER_WARP
+
+    @property
+    def registers_total(self) -> int:
+        per_thread = self.registers_softmax * self.query_tiles + self.registers_correction + self.registers_other
+        return per_thread * WARPS_PER_GROUP * THREADS_PER_WARP
+
+    @property
+    def registers_at_launch(self) -> int:
+        """What the compiler may give every thread; setmaxnreg moves registers from there (multiples of 8)."""
+        return min(SM_REGISTERS // self.threads // 8 * 8, 248)
+
+    @property
+    def q_bytes(self) -> int:
+        return self.query_tiles * TILE_M * self.head_dim * ELEMENT_BYTES
+
+    @property
+    def k_slot_bytes(self) -> int:
+        return self.tile_n * self.k_chunk * ELEMENT_BYTES
+
+    @property
+    def v_slot_bytes(self) -> int:
+        return self.tile_n * self.v_chunk * ELEMENT_BYTES
+
+    @property
+    def shared_bytes(self) -> int:
+        rings = self.k_stages * self.k_slot_bytes + self.v_stages * self.v_slot_bytes
+        return self.q_bytes + rings + RESERVED_SHARED_BYTES
+
+    @property
+    def geometry(self) -> TileGeometry:
+        """Each query tile walks its own range of KV tiles and decides alone."""
+        return TileGeometry(tile_m=TILE_M, tile_rows=TILE_M, tile_n=self.tile_n)
+
+
+def candidates(problem: Problem, arch: str = "sm_100a") -> list[PrefillConfig]:
+    """Every configuration that can run `problem` on `arch` ("sm_100a" or "sm_103a")."""
+    if problem.kind != "prefill":
+        raise NotImplementedError(f"Blackwell has no {problem.kind} kernel; it has prefill")
+    # sm_103's exponential unit is twice as fast and needs no help.
+    shares = (0,) if arch.startswith("sm_103") else (0, 2, 3, 4)
+    if problem.head_dim_v <= 128:
+        configs = [_two_query_tiles(problem, share) for share in shares]
+    else:
+        configs = [_one_query_tile(problem, share) for share in shares]
+    return [config for config in configs if config is not None]
+
+
+def _two_query_tiles(problem: Problem, exp2_emulated: int) -> PrefillConfig | None:
+    head_dim, head_dim_v = round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 16)
+    tile_n = 128
+    k_bytes, v_bytes = tile_n * head_dim * ELEMENT_BYTES, tile_n * head_dim_v * ELEMENT_BYTES
+    left = SM_SHARED_BYTES - RESERVED_SHARED_BYTES - 2 * TILE_M * head_dim * ELEMENT_BYTES
+    stages = _ring_stages(left, k_bytes, v_bytes)
+    if stages is None:
+        return None
+    return PrefillConfig(
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        query_tiles=2,
+        tile_n=tile_n,
+        k_chunks=1,
+        v_chunks=1,
+        k_stages=stages[0],
+        v_stages=stages[1],
+        p_early_columns=96,
+        exp2_emulated=exp2_emulated,
+        registers_softmax=192,
+        registers_correction=72,
+        registers_other=56,
+    )
+
+
+def _one_query_tile(problem: Problem, exp2_emulated: int) -> PrefillConfig | None:
+    # A multiple of 32, so that half of it is a whole number of instructions.
+    head_dim, head_dim_v = round_up(problem.head_dim, 32), round_up(problem.head_dim_v, 32)
+    tile_n = 128
+    k_bytes, v_bytes = tile_n * head_dim // 2 * ELEMENT_BYTES, tile_n * head_dim_v // 2 * ELEMENT_BYTES
+    left = SM_SHARED_BYTES - RESERVED_SHARED_BYTES - TILE_M * head_dim * ELEMENT_BYTES
+    stages = _ring_stages(left, k_bytes, v_bytes, at_least=2)
+    if stages is None:
+        return None
+    return PrefillConfig(
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        query_tiles=1,
+        tile_n=tile_n,
+        k_chunks=2,
+        v_chunks=2,
+        k_stages=stages[0],
+        v_stages=stages[1],
+        p_early_columns=96,
+        exp2_emulated=exp2_emulated,
+        registers_softmax=240,
+        registers_correction=160,
+        registers_other=80,
+    )
+
+
+def _ring_stages(left_bytes: int, k_bytes: int, v_bytes: int, at_least: int = 1) -> tuple[int, int] | None:
+    """How many K and V slots fit, K first in turn; at most four of each: a load takes less time than four tiles."""
+    k_stages = v_stages = at_least
+    if k_stages * k_bytes + v_stages * v_bytes > left_bytes:
+        return None
+    grown = True
+    while grown:
+        grown = False
+        if k_stages < 4 and (k_stages + 1) * k_bytes + v_stages * v_bytes <= left_bytes:
+            k_stages, grown = k_stages + 1, True
+        if v_stages < 4 and k_stages * k_bytes + (v_stages + 1) * v_bytes <= left_bytes:
+            v_stages, grown = v_stages + 1, True
+    return k_stages, v_stages
+
+
+def cost(problem: Problem, config: PrefillConfig) -> float:
+    """Modelled clocks per KV tile of one query tile: the slower of the matrix unit and the exponential unit.
+
+    Rates per SM and clock: 8192 FLOP of 16-bit MMA and 16 exponentials; an emulated exponential takes about
+    6 of the 128 issue slots a clock has for fp32 lanes (twelve instructions for a pair).
+    """
+    matrix = 2 * TILE_M * config.tile_n * (config.head_dim + config.head_dim_v) / 8192
+    share = config.exp2_emulated / 16 * (config.tile_n - 32) / config.tile_n
+    elements = TILE_M * config.tile_n
+    exponential = elements * (1 - share) / 16
+    # Scaling, maximum, sum, conversion: about 3 lane slots an element beside the exponentials.
+    lanes = elements * (3 + 6 * share) / 128
+    return max(matrix, exponential, lanes) + 0.25 * (exponential + lanes)
+
+
+def choose(problem: Problem, arch: str = "sm_100a") -> PrefillConfig:
+    """The cheapest candidate; CUTE_SPARSE_SHOW_CONFIG=1 prints it and the others."""
+    configs = candidates(problem, arch)
+    if not configs:
+        raise NotImplementedError(
+            f"no Blackwell prefill configuration for head dims {problem.head_dim}/{problem.head_dim_v}: "
+            f"Q and one tile of K and V do not fit {SM_SHARED_BYTES} bytes of shared memory"
+        )
+    costs = [cost(problem, config) for config in configs]
+    best = min(range(len(configs)), key=costs.__getitem__)
+    if os.environ.get("CUTE_SPARSE_SHOW_CONFIG") == "1":
+        for config, clocks in zip(configs, costs, strict=True):
+            print(f"{'chosen' if config is configs[best] else '      '} {clocks:7.0f} clocks a tile  {config}")
+    return configs[best]

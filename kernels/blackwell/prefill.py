@@ -1,0 +1,897 @@
+"""Prefill attention on Blackwell: out = softmax(mask(scale * Q K^T)) V, tile by tile, with the tile skip.
+
+q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v and out with head_dim_v, or
+packed tokens with cu_seqlens. Each query tile of 128 rows walks its KV tiles from the last to the first with
+the online softmax in base 2; a KV tile whose scores all lie ln(lambda) below the rows' running maxima is
+skipped: no exponential, no P V.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.blackwell_helpers as sm100
+from cutlass import Float32, Int32, Int64, Uint8, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+
+from cute_sparse.device.bundles import PrefillOperands, TokenTensor, log2_threshold, prefill_operands
+from cute_sparse.device.mask import Band, TileRange
+from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
+from cute_sparse.device.schedule import NO_TILE, OneTile, TileOrder, WorkTile, heads_in_cache
+from cute_sparse.kernels.blackwell import tmem, umma
+from cute_sparse.kernels.blackwell.config import (
+    ELEMENT_BYTES,
+    L2_BYTES,
+    THREADS_PER_WARP,
+    TILE_M,
+    WARPS_PER_GROUP,
+    PrefillConfig,
+    choose,
+)
+from cute_sparse.kernels.blackwell.softmax import (
+    RowSoftmax,
+    any_of_group,
+    exponentials,
+    multiply_row,
+    pack,
+    tile_maximum,
+)
+from cute_sparse.operands import PREFILL
+from cute_sparse.problem import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, Problem, check_supported, head_dim_feature
+
+DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
+HEAD_DIMS = range(HEAD_DIM_MULTIPLE, HEAD_DIM_MAX + 1, HEAD_DIM_MULTIPLE)
+SUPPORTS = frozenset(
+    {f"dtype:{name}" for name in DTYPES}
+    | {head_dim_feature(head_dim, head_dim) for head_dim in HEAD_DIMS}
+    | {head_dim_feature(192, 128)}
+    | {"mask:full", "mask:causal", "mask:band", "varlen", "softcap", "sparsity:threshold", "lse", "stats"}
+)
+
+GROUP_THREADS = WARPS_PER_GROUP * THREADS_PER_WARP
+FRAGMENT = 32  # columns of S that are exponentiated, rounded and stored together; columns of O stored together
+RESCALE_FRAGMENT = 16  # columns of O in registers at a time, beside a whole row of S
+STORE_ELEMENTS = 8  # 16 bytes: one store
+KEPT, SKIPPED = 1, 2  # in the skip map
+BARRIERS_PER_PIPE = 2  # query tiles or score buffers, whichever are more
+TILE_ALIGN_BYTES = 1024  # shared-memory tiles: one repetition of the widest swizzle
+
+
+class NamedBarrier(IntEnum):
+    """Hardware barriers. 0 is the whole CTA's."""
+
+    CTA = 0
+    VOTE = 1  # + query tile: the 128 softmax threads that decide on a skip
+
+
+class Pipes(NamedTuple):
+    """The mbarriers: who arrives is in the class docstring. Rings have slots, the rest one per query tile or buffer."""
+
+    k: Ring
+    v: Ring
+    q_full: Any
+    q_empty: Any
+    s_full: Any
+    p_ready: Any
+    p_rest: Any
+    o_step: Any
+    o_done: Any
+    row_done: Any
+
+
+class Tiles(NamedTuple):
+    """The shared-memory tiles and words."""
+
+    sQ: Any  # (MMA, MMA_M, MMA_K, query tile)
+    sK: Any  # (MMA, MMA_N, MMA_K, slot)
+    sV: Any  # (MMA, MMA_N, MMA_K, slot)
+    sFactor: Any  # (TILE_M, query tile) fp32: what the rows of O are multiplied with at the end
+    sKeep: Any  # (score buffer,) int32: whether the tile whose P is ready was kept
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Everything the kernel is given; `q`, `k`, `v` hold the coordinates that the TMA atoms take."""
+
+    prefill: PrefillOperands
+    q_atom: cute.CopyAtom
+    k_atom: cute.CopyAtom
+    v_atom: cute.CopyAtom
+    q: TokenTensor
+    k: TokenTensor
+    v: TokenTensor
+    mma_s: cute.TiledMma
+    mma_o: cute.TiledMma
+    sQ_layout: cute.ComposedLayout
+    sK_layout: cute.ComposedLayout
+    sV_layout: cute.ComposedLayout
+    group: Int32  # query heads per KV head
+    order: TileOrder
+
+
+class Work(NamedTuple):
+    """One work tile, decoded: where its tokens lie, and the KV tiles of each of its query tiles."""
+
+    span_q: Any
+    span_k: Any
+    head_kv_idx: Any
+    ranges: Any  # one TileRange per query tile; begin == end == 0 where it sees no key or does not exist
+    union: Any
+
+
+class Thread(NamedTuple):
+    """What a softmax thread knows of its place."""
+
+    query_tile: Any
+    row: Any  # in the query tile
+    q_idx: Any
+    in_sequence: Any
+    lane: Any  # tensor-memory address of the warp's first lane, column 0
+
+
+class Step(NamedTuple):
+    """What stays the same while a softmax thread walks its KV tiles."""
+
+    op: Any
+    pipes: Any
+    tiles: Any
+    tile: Any
+    band: Any
+    thread: Any
+    state: Any
+    kept: Any  # (1,) int32 register: KV tiles kept so far
+
+
+class Operand(NamedTuple):
+    """Descriptors of one operand in shared memory."""
+
+    first: Any  # of the first instruction, slot 0
+    steps: Any  # per instruction, what to add
+    slot_stride: Any
+
+
+class Fragments(NamedTuple):
+    """The operands of both products that are in shared memory."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+
+
+class Prefill:
+    """The kernel of one (problem, config).
+
+    Roles (16 warps with two query tiles a CTA, 12 with one; registers after setmaxnreg in `PrefillConfig`)
+      softmax     a warpgroup per query tile, a thread per row: S -> maximum, skip vote, P, row sum; it also
+                  rescales O in tensor memory, in the rare tile that moves a reference by more than 2^8
+      correction  a warpgroup: O / row sum -> global memory
+      mma         one warp, one elected thread: S = Q K^T and O += P V
+      load        one warp: Q, K, V by TMA
+      Elsewhere a correction warpgroup rescales O and so takes part in every tile; here the softmax warps, which
+      know that nothing is to be done, do it: no message a tile, and P alone tells the MMA warp to go on. There
+      is no store warp: a thread holds a row of O and writes whole sectors of it, which serves ragged and packed
+      rows alike and leaves to the K and V rings what O would take of shared memory.
+
+    Pipelines (producer -> consumer: slots; what completes it: arrivals)
+      k, v      load -> mma: ring; full: 1 + TMA bytes; empty: 1 commit of the last product that reads the slot
+      q         load -> mma: query tiles; full: 1 + TMA bytes; empty: 1 commit of the last Q K^T
+      s_full    mma -> softmax: score buffers; 1 commit of Q K^T. It implies that every product issued before is
+                complete, so that with two query tiles O may be rescaled
+      p_ready   softmax -> mma: score buffers; 128 threads: S was read, the first columns of P written, O rescaled,
+                and, if the problem is sparse, sKeep says whether there is a P at all
+      p_rest    softmax -> mma: score buffers; 128 threads: the rest of P. Only for kept tiles
+      o_step    mma -> softmax, with one query tile: 1 commit of a P V. O may be rescaled
+      o_done    mma -> correction: query tiles; 1 commit of the last P V
+      row_done  softmax -> correction: query tiles; 128 threads: sFactor is written
+
+    Timeline (steady state, two query tiles; the KV tile in brackets)
+      mma        P0 V(i)  Q0 K(i+1)  P1 V(i)  Q1 K(i+1)  P0 V(i+1) ..
+      softmax 0            .. wait .. S0(i+1): max, exp, P0, sum
+      softmax 1  S1(i): exp, P1, sum          .. wait .. S1(i+1): max
+      load       K(i+2)  V(i+2) ..
+    and with one query tile, whose S alternates between two buffers
+      mma        Q K(i+1)  P V(i)  Q K(i+2)  P V(i+1) ..
+      softmax    S(i+1): max, exp, P, sum    S(i+2) ..
+
+    The skip. The 128 threads of a query tile vote in one instruction (`any_of_group`) after the maximum; the
+    result travels in sKeep with the arrival that the MMA warp waits for in any case. A dense problem compiles
+    neither. V is fetched also where it is not needed: at the time of the vote it has to be in shared memory or
+    on its way (a tile takes about 2048 clocks, a load about 1000), so the load warp cannot wait for the vote
+    without delaying the tiles that are kept.
+    """
+
+    def __init__(self, problem: Problem, config: PrefillConfig) -> None:
+        self.problem = problem
+        self.config = config
+        self.dtype = DTYPES[problem.dtype]
+        self.sparse = problem.sparsity is not None
+        self.one_tile = config.query_tiles == 1
+        self.steps_k = config.k_chunk // umma.INSTRUCTION_K
+        self.steps_v = config.tile_n // umma.INSTRUCTION_K
+        self.steps_early = config.p_early_columns // umma.INSTRUCTION_K
+        self.s_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.tile_n, b_major_mn=False)
+        self.o_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.v_chunk, b_major_mn=True)
+
+    @cute.jit
+    def __call__(self, *values, stream):
+        config, problem, dtype = self.config, self.problem, self.dtype
+        prefill = prefill_operands(problem, values)
+        one = tcgen05.CtaGroup.ONE
+        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
+        mma_s = sm100.make_trivial_tiled_mma(dtype, dtype, k_major, k_major, Float32, one, (TILE_M, config.tile_n))
+        mma_o = sm100.make_trivial_tiled_mma(
+            dtype, dtype, k_major, mn_major, Float32, one, (TILE_M, config.v_chunk), tcgen05.OperandSource.TMEM
+        )
+        q_tile = (TILE_M, config.tile_n, config.head_dim)
+        k_tile = (TILE_M, config.tile_n, config.k_chunk)
+        v_tile = (TILE_M, config.v_chunk, config.tile_n)
+        sQ_layout = sm100.make_smem_layout_a(mma_s, q_tile, dtype, config.query_tiles)
+        sK_layout = sm100.make_smem_layout_b(mma_s, k_tile, dtype, config.k_stages)
+        sV_layout = sm100.make_smem_layout_b(mma_o, v_tile, dtype, config.v_stages)
+        load = cpasync.CopyBulkTensorTileG2SOp(one)
+        cluster = cute.tiled_divide(cute.make_layout((1, 1, 1)), (mma_s.thr_id.shape,)).shape
+        modes = [0, 1, 2]
+        q_atom, q = cute.nvgpu.make_tiled_tma_atom_A(
+            load, prefill.q.tensor, cute.select(sQ_layout, mode=modes), q_tile, mma_s, cluster
+        )
+        k_atom, k = cute.nvgpu.make_tiled_tma_atom_B(
+            load, prefill.k.tensor, cute.select(sK_layout, mode=modes), k_tile, mma_s, cluster
+        )
+        v_atom, v = cute.nvgpu.make_tiled_tma_atom_B(
+            load, transposed(prefill.v.tensor), cute.select(sV_layout, mode=modes), v_tile, mma_o, cluster
+        )
+        group = prefill.heads_q // cutlass.max(prefill.heads_kv, 1)
+        kv_bytes_per_token = (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES
+        order = TileOrder(
+            m_blocks=cute.ceil_div(prefill.lengths.seqlen_q, TILE_M * config.query_tiles),
+            heads=prefill.heads_q,
+            batch=prefill.batch,
+            heads_per_group=heads_in_cache(L2_BYTES, kv_bytes_per_token, prefill.lengths.seqlen_k, group),
+            longest_first=problem.mask != "full",
+        )
+        self.storage = shared_storage(config, dtype, sQ_layout, sK_layout, sV_layout)
+        operands = Operands(
+            prefill,
+            q_atom,
+            k_atom,
+            v_atom,
+            prefill.q.viewed_as(q),
+            prefill.k.viewed_as(k),
+            prefill.v.viewed_as(transposed(v)),
+            mma_s,
+            mma_o,
+            sQ_layout,
+            sK_layout,
+            sV_layout,
+            group,
+            order,
+        )
+        self.kernel(operands).launch(
+            grid=OneTile.grid(order), block=(config.threads, 1, 1), stream=stream, min_blocks_per_mp=1
+        )
+
+    @cute.kernel
+    def kernel(self, op: Operands):
+        config = self.config
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = cutlass.utils.SmemAllocator().allocate(self.storage)
+        pipes = self._pipes(storage)
+        tiles = self._tiles(op, storage)
+        if warp == 0:
+            with cute.arch.elect_one():
+                self._initialise(pipes)
+        if warp == config.load_warp:
+            for atom in (op.q_atom, op.k_atom, op.v_atom):
+                cpasync.prefetch_descriptor(atom)
+        if warp == config.mma_warp:
+            tmem.allocate(storage.tmem_base.ptr)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        base = Int32(cute.make_tensor(storage.tmem_base.ptr, 1)[0])
+        schedule = OneTile(op.order)
+
+        if warp < config.softmax_warps:
+            cute.arch.setmaxregister_increase(config.registers_softmax)
+            self.softmax(op, pipes, tiles, schedule, base)
+        elif warp < config.mma_warp:
+            cute.arch.setmaxregister_decrease(config.registers_correction)
+            self.correct(op, pipes, tiles, schedule, base)
+        else:
+            cute.arch.setmaxregister_decrease(config.registers_other)
+            if warp == config.mma_warp:
+                if const_expr(self.one_tile):
+                    self.multiply_one_tile(op, pipes, tiles, schedule, base)
+                else:
+                    self.multiply(op, pipes, tiles, schedule, base)
+            elif warp == config.load_warp:
+                self.load(op, pipes, tiles, schedule)
+
+        cute.arch.sync_threads()
+        if warp == config.mma_warp:
+            tmem.deallocate(base)
+
+    # ------------------------------------------------------------------------------------------------ load
+
+    @cute.jit
+    def load(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule):
+        config = self.config
+        k_cursor, v_cursor = producer_cursor(), producer_cursor()
+        q_parity = Int32(0b11)  # one bit a query tile
+        tile, claim = schedule.first_for_producer()
+        while tile.m_block != NO_TILE:
+            work = self._work(op, tile)
+            q_tile = tile.m_block * config.query_tiles
+            mQ = op.q.sequence(tile.head_idx, tile.batch_idx, work.span_q)
+            mK = op.k.sequence(work.head_kv_idx, tile.batch_idx, work.span_k)
+            mV = transposed(op.v.sequence(work.head_kv_idx, tile.batch_idx, work.span_k))
+            gQ = cute.local_tile(mQ, (TILE_M, config.head_dim), (None, 0))  # (TILE_M, head_dim, query tiles)
+            gK = cute.local_tile(mK, (config.tile_n, config.k_chunk), (None, None))  # (.., .., KV tiles, chunks)
+            gV = cute.local_tile(mV, (config.v_chunk, config.tile_n), (None, None))  # (.., .., chunks, KV tiles)
+            tQsQ, tQgQ = tma_partition(op.q_atom, tiles.sQ, op.mma_s.get_slice(0).partition_A(gQ))
+            tKsK, tKgK = tma_partition(op.k_atom, tiles.sK, op.mma_s.get_slice(0).partition_B(gK))
+            tVsV, tVgV = tma_partition(op.v_atom, tiles.sV, op.mma_o.get_slice(0).partition_B(gV))
+            for i in cutlass.range(work.union.end - work.union.begin, unroll=1):
+                n_block = work.union.end - 1 - i
+                for chunk in cutlass.range_constexpr(config.k_chunks):
+                    pipes.k.acquire(k_cursor)
+                    pipes.k.expect(k_cursor, config.k_slot_bytes)
+                    barrier = pipes.k.full(k_cursor)
+                    cute.copy(
+                        op.k_atom, tKgK[None, n_block, chunk], tKsK[None, k_cursor.index], tma_bar_ptr=barrier
+                    )
+                    k_cursor = pipes.k.advanced(k_cursor)
+                if i == 0:
+                    for s in cutlass.range_constexpr(config.query_tiles):
+                        if work.ranges[s].begin < work.ranges[s].end:
+                            cute.arch.mbarrier_wait(pipes.q_empty + s, q_parity >> s & 1)
+                            q_parity = q_parity ^ (1 << s)
+                            q_bytes = config.q_bytes // config.query_tiles
+                            with cute.arch.elect_one():
+                                cute.arch.mbarrier_arrive_and_expect_tx(pipes.q_full + s, q_bytes)
+                            cute.copy(op.q_atom, tQgQ[None, q_tile + s], tQsQ[None, s], tma_bar_ptr=pipes.q_full + s)
+                for chunk in cutlass.range_constexpr(config.v_chunks):
+                    pipes.v.acquire(v_cursor)
+                    pipes.v.expect(v_cursor, config.v_slot_bytes)
+                    barrier = pipes.v.full(v_cursor)
+                    cute.copy(
+                        op.v_atom, tVgV[None, chunk, n_block], tVsV[None, v_cursor.index], tma_bar_ptr=barrier
+                    )
+                    v_cursor = pipes.v.advanced(v_cursor)
+            tile, claim = schedule.next_for_producer(tile, claim)
+
+    # ------------------------------------------------------------------------------------------------ mma
+
+    @cute.jit
+    def multiply(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: Int32):
+        """Two query tiles. Step i multiplies P of KV tile i - 1 with its V, and Q with K of tile i."""
+        plan = self.config.tmem
+        fragments = self._fragments(op, tiles)
+        k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
+        q_parity, p_parity, rest_parity = Int32(0), Int32(0), Int32(0)  # one bit a query tile
+        tile, claim = schedule.first()
+        while tile.m_block != NO_TILE:
+            work = self._work(op, tile)
+            begins, ends = [r.begin for r in work.ranges], [r.end for r in work.ranges]
+            steps = work.union.end - work.union.begin
+            started = Int32(0)  # one bit a query tile: O holds something
+            for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
+                n_block = work.union.end - 1 - i
+                if i > 0:
+                    pipes.v.wait(v_cursor)
+                for s in cutlass.range_constexpr(2):
+                    if begins[s] <= n_block + 1 and n_block + 1 < ends[s]:
+                        cute.arch.mbarrier_wait(pipes.p_ready + s, p_parity >> s & 1)
+                        p_parity = p_parity ^ (1 << s)
+                        if self._kept(tiles, s):
+                            self._values(
+                                fragments,
+                                base + plan.outputs[s],
+                                base + plan.probabilities[s],
+                                v_cursor.index,
+                                0,
+                                (started >> s & 1) != 0,
+                                pipes.p_rest + s,
+                                rest_parity >> s & 1,
+                            )
+                            rest_parity = rest_parity ^ (1 << s)
+                            started = started | (1 << s)
+                        if n_block + 1 == begins[s]:
+                            with cute.arch.elect_one():
+                                umma.commit(pipes.o_done + s)
+                    if const_expr(s == 0):
+                        if i < steps:
+                            pipes.k.wait(k_cursor)
+                    else:
+                        if i > 0:
+                            with cute.arch.elect_one():
+                                umma.commit(pipes.v.empty(v_cursor))
+                            v_cursor = pipes.v.advanced(v_cursor)
+                    if begins[s] <= n_block and n_block < ends[s]:
+                        if n_block == ends[s] - 1:
+                            cute.arch.mbarrier_wait(pipes.q_full + s, q_parity >> s & 1)
+                            q_parity = q_parity ^ (1 << s)
+                        self._scores(fragments, base + plan.scores[s], s, 0, k_cursor.index)
+                        with cute.arch.elect_one():
+                            umma.commit(pipes.s_full + s)
+                        if n_block == begins[s]:
+                            with cute.arch.elect_one():
+                                umma.commit(pipes.q_empty + s)
+                if i < steps:
+                    with cute.arch.elect_one():
+                        umma.commit(pipes.k.empty(k_cursor))
+                    k_cursor = pipes.k.advanced(k_cursor)
+            tile, claim = schedule.next(tile, claim)
+
+    @cute.jit
+    def multiply_one_tile(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: Int32):
+        """One query tile. Step i multiplies Q with K of KV tile i, then P of tile i - 1 with its V."""
+        config, plan = self.config, self.config.tmem
+        fragments = self._fragments(op, tiles)
+        k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
+        q_parity = Int32(0)
+        first, kept = Int32(0), Int32(0)  # KV tiles before this work tile; KV tiles multiplied by P
+        tile, claim = schedule.first()
+        while tile.m_block != NO_TILE:
+            work = self._work(op, tile)
+            steps = work.union.end - work.union.begin
+            started = Int32(0)
+            for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
+                if i < steps:
+                    if i == 0:
+                        cute.arch.mbarrier_wait(pipes.q_full, q_parity)
+                        q_parity = q_parity ^ 1
+                    buffer = (first + i) & 1
+                    for chunk in cutlass.range_constexpr(config.k_chunks):
+                        pipes.k.wait(k_cursor)
+                        self._scores(
+                            fragments, base + plan.scores[0] + buffer * plan.buffer_stride, 0, chunk, k_cursor.index
+                        )
+                        with cute.arch.elect_one():
+                            umma.commit(pipes.k.empty(k_cursor))
+                        k_cursor = pipes.k.advanced(k_cursor)
+                    with cute.arch.elect_one():
+                        umma.commit(pipes.s_full + buffer)
+                    if i == steps - 1:
+                        with cute.arch.elect_one():
+                            umma.commit(pipes.q_empty)
+                if i > 0:
+                    last = first + i - 1
+                    buffer = last & 1
+                    cute.arch.mbarrier_wait(pipes.p_ready + buffer, last >> 1 & 1)
+                    keep = self._kept(tiles, buffer)
+                    for chunk in cutlass.range_constexpr(config.v_chunks):
+                        pipes.v.wait(v_cursor)
+                        if keep:
+                            self._values(
+                                fragments,
+                                base + plan.outputs[0] + chunk * config.v_chunk,
+                                base + plan.probabilities[0] + buffer * plan.buffer_stride,
+                                v_cursor.index,
+                                chunk,
+                                started != 0,
+                                pipes.p_rest,
+                                kept & 1,
+                            )
+                        with cute.arch.elect_one():
+                            umma.commit(pipes.v.empty(v_cursor))
+                        v_cursor = pipes.v.advanced(v_cursor)
+                    if keep:
+                        with cute.arch.elect_one():
+                            umma.commit(pipes.o_step)
+                        kept += 1
+                        started = Int32(1)
+                    if i == steps:
+                        with cute.arch.elect_one():
+                            umma.commit(pipes.o_done)
+            first += steps
+            tile, claim = schedule.next(tile, claim)
+
+    def _kept(self, tiles: Tiles, buffer):
+        """Whether the tile whose P is ready was kept: always, in a dense problem."""
+        return tiles.sKeep[buffer] != 0 if self.sparse else True
+
+    def _fragments(self, op: Operands, tiles: Tiles) -> Fragments:
+        return Fragments(
+            _operand(op.mma_s.make_fragment_A(tiles.sQ)),
+            _operand(op.mma_s.make_fragment_B(tiles.sK)),
+            _operand(op.mma_o.make_fragment_B(tiles.sV)),
+        )
+
+    @cute.jit
+    def _scores(
+        self,
+        fragments: Fragments,
+        accumulator: Int32,
+        query_tile: cutlass.Constexpr[int],
+        chunk: cutlass.Constexpr[int],
+        k_slot: Int32,
+    ):
+        """S = Q K^T, or for a later chunk of head_dim, S += Q K^T."""
+        tmem.fence_after_sync()
+        q, k = fragments.q, fragments.k
+        q_first = q.first + query_tile * q.slot_stride
+        k_first = k.first + Int64(k_slot * k.slot_stride)
+        with cute.arch.elect_one():
+            for step in cutlass.range_constexpr(self.steps_k):
+                q_step = q_first + q.steps[chunk * self.steps_k + step]
+                accumulate = chunk > 0 or step > 0
+                umma.issue_from_shared(accumulator, q_step, k_first + k.steps[step], self.s_instruction, accumulate)
+
+    @cute.jit
+    def _values(
+        self,
+        fragments: Fragments,
+        accumulator: Int32,
+        probabilities: Int32,
+        v_slot: Int32,
+        chunk: cutlass.Constexpr[int],
+        accumulate,
+        rest_barrier,
+        rest_parity,
+    ):
+        """O (+)= P V for the columns of one chunk of V; the first chunk waits for the rest of P."""
+        tmem.fence_after_sync()
+        v = fragments.v
+        v_first = v.first + Int64(v_slot * v.slot_stride)
+        early = self.steps_early if const_expr(chunk == 0) else self.steps_v
+        with cute.arch.elect_one():
+            for step in cutlass.range_constexpr(early):
+                self._value_step(accumulator, probabilities, v_first, v, step, accumulate if step == 0 else True)
+        if const_expr(early < self.steps_v):
+            cute.arch.mbarrier_wait(rest_barrier, rest_parity)
+            tmem.fence_after_sync()
+            with cute.arch.elect_one():
+                for step in cutlass.range_constexpr(early, self.steps_v):
+                    self._value_step(accumulator, probabilities, v_first, v, step, True)
+
+    def _value_step(self, accumulator, probabilities, v_first, v, step, accumulate) -> None:
+        p_step = probabilities + step * umma.INSTRUCTION_K // 2  # two elements of P a column
+        umma.issue_from_tensor(accumulator, p_step, v_first + v.steps[step], self.o_instruction, accumulate)
+
+    # ------------------------------------------------------------------------------------------------ softmax
+
+    @cute.jit
+    def softmax(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: Int32):
+        config = self.config
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        query_tile = warp // WARPS_PER_GROUP
+        row = cute.arch.thread_idx()[0] % GROUP_THREADS
+        lane = base + tmem.lane_offset(warp % WARPS_PER_GROUP)
+        count = Int32(0)  # KV tiles seen by this warpgroup
+        kept = cute.make_rmem_tensor(1, Int32)
+        kept[0] = Int32(0)
+        tile, claim = schedule.first()
+        while tile.m_block != NO_TILE:
+            span_q, span_k = self._spans(op, tile)
+            band = self._band(op, span_q, span_k)
+            first_row = (tile.m_block * config.query_tiles + query_tile) * TILE_M
+            visited = tile_range(band, first_row)
+            q_idx = first_row + row
+            thread = Thread(query_tile, row, q_idx, q_idx < span_q.length, lane)
+            kept_before = kept[0]
+            state = RowSoftmax.create(op.prefill.scale.scale_log2, self._threshold_log2(op, tile))
+            step = Step(op, pipes, tiles, tile, band, thread, state, kept)
+            lse = Float32(-Float32.inf)
+            if visited.begin < visited.end:
+                whole = band.whole(first_row, TILE_M)
+                whole_end = cutlass.max(cutlass.min(whole.end, visited.end - 1), visited.begin)
+                whole_begin = cutlass.min(cutlass.max(whole.begin, visited.begin), whole_end)
+                self._softmax_tile(step, visited.end - 1, count, True, True)
+                count += 1
+                if const_expr(band.has_right):
+                    for i in cutlass.range(visited.end - 1 - whole_end, unroll=1):
+                        self._softmax_tile(step, visited.end - 2 - i, count, False, True)
+                        count += 1
+                for i in cutlass.range(whole_end - whole_begin, unroll=1):
+                    self._softmax_tile(step, whole_end - 1 - i, count, False, False)
+                    count += 1
+                if const_expr(band.has_left):
+                    for i in cutlass.range(whole_begin - visited.begin, unroll=1):
+                        self._softmax_tile(step, whole_begin - 1 - i, count, False, True)
+                        count += 1
+                factor, lse = state.finish()
+                tiles.sFactor[row, query_tile] = factor
+                cute.arch.mbarrier_arrive(pipes.row_done + query_tile)
+            if const_expr(self.problem.return_lse):
+                if thread.in_sequence:
+                    self._store_lse(op, tile, span_q.first + q_idx, lse)
+            if const_expr(self.problem.return_stats):
+                if row == 0:
+                    self._count_tiles(op, tile, kept[0] - kept_before, visited.end - visited.begin)
+            tile, claim = schedule.next(tile, claim)
+
+    @cute.jit
+    def _softmax_tile(
+        self, step, n_block: Int32, count: Int32, first: cutlass.Constexpr[bool], masked: cutlass.Constexpr[bool]
+    ):
+        """One KV tile: the `count`-th of this warpgroup."""
+        config, plan = self.config, self.config.tmem
+        thread, state = step.thread, step.state
+        buffer, parity = thread.query_tile, count & 1
+        if const_expr(self.one_tile):
+            buffer, parity = count & 1, count >> 1 & 1
+        address = thread.lane + plan.scores[0] + buffer * plan.buffer_stride
+        cute.arch.mbarrier_wait(step.pipes.s_full + buffer, parity)
+        tmem.fence_after_sync()
+        scores = tmem.load_row(address, config.tile_n, FRAGMENT)
+        if const_expr(self.problem.softcap):
+            scores = [cute.math.tanh(s * step.op.prefill.scale.tanh_scale, fastmath=True) for s in scores]
+        if const_expr(masked):
+            step.band.hide(scores, range(config.tile_n), thread.q_idx, n_block * config.tile_n)
+        tile_max = tile_maximum(scores)
+        if const_expr(first):
+            state.start(tile_max, thread.in_sequence)
+            self._keep(step, n_block, buffer, address, scores, None)
+        elif const_expr(not self.sparse):
+            self._keep(step, n_block, buffer, address, scores, tile_max)
+        else:
+            barrier = int(NamedBarrier.VOTE) + thread.query_tile
+            if any_of_group(state.wants(tile_max), barrier, GROUP_THREADS):
+                self._keep(step, n_block, buffer, address, scores, tile_max)
+            else:
+                self._publish(step, n_block, buffer, SKIPPED)
+                tmem.fence_before_sync()
+                cute.arch.mbarrier_arrive(step.pipes.p_ready + buffer)
+
+    @cute.jit
+    def _keep(self, step, n_block: Int32, buffer, address: Int32, scores, tile_max):
+        """P, O's rescaling if need be, and the row sum, of a kept tile; tile_max is None for a row's first."""
+        config, pipes, state = self.config, step.pipes, step.state
+        first = tile_max is None
+        self._publish(step, n_block, buffer, KEPT)
+        if const_expr(not first):
+            self._rescale(step, tile_max)
+        exponents = state.exponents(scores)
+        p_address = address + (config.tmem.probabilities[0] - config.tmem.scores[0])
+        p = []
+        for first_column in cutlass.range_constexpr(0, config.tile_n, FRAGMENT):
+            last = first_column + FRAGMENT == config.tile_n
+            emulated = 0 if last else config.exp2_emulated  # P is waited for: its end is made the fastest way
+            p += exponentials(exponents[first_column : first_column + FRAGMENT], emulated)
+            tmem.store(p_address + first_column // 2, pack(p[first_column:], self.dtype))
+            if const_expr(first_column + FRAGMENT == config.p_early_columns):
+                tmem.wait_stores()
+                tmem.fence_before_sync()
+                cute.arch.mbarrier_arrive(pipes.p_ready + buffer)
+        tmem.wait_stores()
+        tmem.fence_before_sync()
+        cute.arch.mbarrier_arrive(pipes.p_rest + (0 if self.one_tile else buffer))
+        state.add(p, first)
+        step.kept[0] = step.kept[0] + 1
+
+    @cute.jit
+    def _rescale(self, step, tile_max: Float32):
+        """Move the reference where the maximum outgrew it, and O with it."""
+        config = self.config
+        factor = cute.make_rmem_tensor(1, Float32)
+        moved = step.state.advance(tile_max, factor)
+        if moved:
+            if const_expr(self.one_tile):
+                cute.arch.mbarrier_wait(step.pipes.o_step, (step.kept[0] - 1) & 1)
+                tmem.fence_after_sync()
+            output = step.thread.lane + config.tmem.outputs[0] + step.thread.query_tile * config.tmem.output_stride
+            for first_column in cutlass.range_constexpr(0, config.head_dim_v, RESCALE_FRAGMENT):
+                columns = tmem.load_row(output + first_column, RESCALE_FRAGMENT, RESCALE_FRAGMENT)
+                tmem.store(output + first_column, multiply_row(columns, factor[0]))
+
+    @cute.jit
+    def _publish(self, step, n_block: Int32, buffer, decision: cutlass.Constexpr[int]):
+        """Tell the MMA warp (with the next arrival on p_ready) and the skip map what becomes of a tile."""
+        if const_expr(self.sparse):
+            if step.thread.row == 0:
+                step.tiles.sKeep[buffer] = Int32(decision == KEPT)
+        if const_expr(self.problem.return_stats):
+            if step.thread.row == 0:
+                map_row = step.thread.q_idx // TILE_M
+                skip_map = step.op.prefill.stats.skip_map
+                skip_map[step.tile.batch_idx, step.tile.head_idx, map_row, n_block] = Uint8(decision)
+
+    @cute.jit
+    def _count_tiles(self, op: Operands, tile: WorkTile, kept: Int32, visited: Int32):
+        counts = op.prefill.stats.tile_counts
+        for i, count in enumerate((kept, visited)):
+            offset = cute.crd2idx((i, tile.batch_idx, tile.head_idx), counts.layout)
+            cute.arch.atomic_add(counts.iterator + offset, count, sem="relaxed", scope="gpu")
+
+    @cute.jit
+    def _store_lse(self, op: Operands, tile: WorkTile, token: Int32, lse: Float32):
+        batch_idx = 0 if const_expr(self.problem.varlen) else tile.batch_idx
+        op.prefill.lse[token, tile.head_idx, batch_idx] = lse
+
+    # ------------------------------------------------------------------------------------------------ correction
+
+    @cute.jit
+    def correct(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: Int32):
+        config, plan = self.config, self.config.tmem
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        row = cute.arch.thread_idx()[0] % GROUP_THREADS
+        lane = base + tmem.lane_offset(warp % WARPS_PER_GROUP)
+        parity = Int32(0)  # one bit a query tile
+        tile, claim = schedule.first()
+        while tile.m_block != NO_TILE:
+            work = self._work(op, tile)
+            mO = op.prefill.out.sequence(tile.head_idx, tile.batch_idx, work.span_q)
+            for s in cutlass.range_constexpr(config.query_tiles):
+                q_idx = (tile.m_block * config.query_tiles + s) * TILE_M + row
+                factor = Float32(0.0)
+                if work.ranges[s].begin < work.ranges[s].end:
+                    cute.arch.mbarrier_wait(pipes.row_done + s, parity >> s & 1)
+                    factor = tiles.sFactor[row, s]
+                    cute.arch.mbarrier_wait(pipes.o_done + s, parity >> s & 1)
+                    tmem.fence_after_sync()
+                    parity = parity ^ (1 << s)
+                gO = mO[q_idx, None]
+                for first_column in cutlass.range_constexpr(0, config.head_dim_v, RESCALE_FRAGMENT):
+                    columns = tmem.load_row(lane + plan.outputs[s] + first_column, RESCALE_FRAGMENT, RESCALE_FRAGMENT)
+                    if q_idx < work.span_q.length:
+                        self._store_columns(gO, first_column, columns, factor)
+            tile, claim = schedule.next(tile, claim)
+
+    @cute.jit
+    def _store_columns(self, gO: cute.Tensor, first_column: cutlass.Constexpr[int], columns, factor: Float32):
+        """Scale columns of a row of O and store those that exist; a row without keys is 0, whatever V holds."""
+        no_key = factor == 0.0
+        values = [cutlass.select_(no_key, Float32(0.0), value * factor) for value in columns]
+        words = pack(values, self.dtype)
+        for i in cutlass.range_constexpr(0, len(columns), STORE_ELEMENTS):
+            if const_expr(first_column + i < self.problem.head_dim_v):
+                vector = cute.make_rmem_tensor(STORE_ELEMENTS // 2, Int32)
+                for j in cutlass.range_constexpr(STORE_ELEMENTS // 2):
+                    vector[j] = words[i // 2 + j]
+                target = cute.local_tile(gO, (STORE_ELEMENTS,), ((first_column + i) // STORE_ELEMENTS,))
+                cute.autovec_copy(cute.recast_tensor(vector, self.dtype), target)
+
+    # ------------------------------------------------------------------------------------------------ all roles
+
+    def _spans(self, op: Operands, tile: WorkTile):
+        lengths = op.prefill.lengths
+        return lengths.span_q(tile.batch_idx), lengths.span_k(tile.batch_idx)
+
+    def _band(self, op: Operands, span_q, span_k) -> Band:
+        prefill = op.prefill
+        return Band(
+            self.problem.mask,
+            self.config.tile_n,
+            span_q.length,
+            span_k.length,
+            prefill.window_left,
+            prefill.window_right,
+        )
+
+    def _work(self, op: Operands, tile: WorkTile) -> Work:
+        span_q, span_k = self._spans(op, tile)
+        band = self._band(op, span_q, span_k)
+        first_tile = tile.m_block * self.config.query_tiles
+        ranges = [tile_range(band, (first_tile + s) * TILE_M) for s in range(self.config.query_tiles)]
+        return Work(span_q, span_k, tile.head_idx // op.group, ranges, union(ranges))
+
+    def _threshold_log2(self, op: Operands, tile: WorkTile):
+        if not self.sparse:
+            return None
+        return log2_threshold(op.prefill.threshold, tile.batch_idx, tile.head_idx)
+
+    def _pipes(self, storage) -> Pipes:
+        config = self.config
+        return Pipes(
+            Ring(storage.k_ring.data_ptr(), config.k_stages, 1),
+            Ring(storage.v_ring.data_ptr(), config.v_stages, 1),
+            *(getattr(storage, name).data_ptr() for name in Pipes._fields[2:]),
+        )
+
+    def _initialise(self, pipes: Pipes) -> None:
+        pipes.k.initialise()
+        pipes.v.initialise()
+        arrivals = {"p_ready": GROUP_THREADS, "p_rest": GROUP_THREADS, "row_done": GROUP_THREADS}
+        for name in Pipes._fields[2:]:
+            for i in range(BARRIERS_PER_PIPE):
+                cute.arch.mbarrier_init(getattr(pipes, name) + i, arrivals.get(name, 1))
+
+    def _tiles(self, op: Operands, storage) -> Tiles:
+        return Tiles(
+            storage.sQ.get_tensor(op.sQ_layout.outer, swizzle=op.sQ_layout.inner),
+            storage.sK.get_tensor(op.sK_layout.outer, swizzle=op.sK_layout.inner),
+            storage.sV.get_tensor(op.sV_layout.outer, swizzle=op.sV_layout.inner),
+            storage.sFactor.get_tensor(cute.make_layout((TILE_M, self.config.query_tiles))),
+            storage.sKeep.get_tensor(cute.make_layout(self.config.score_buffers)),
+        )
+
+
+def shared_storage(config: PrefillConfig, dtype: type, sQ_layout, sK_layout, sV_layout):
+    """The plan of shared memory: barriers and words first, then the tiles, each aligned to its swizzle."""
+
+    def tile(layout):
+        return cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layout)], TILE_ALIGN_BYTES]
+
+    pipe = cute.struct.MemRange[Int64, BARRIERS_PER_PIPE]
+
+    @cute.struct
+    class SharedStorage:
+        k_ring: cute.struct.MemRange[Int64, 2 * config.k_stages]
+        v_ring: cute.struct.MemRange[Int64, 2 * config.v_stages]
+        q_full: pipe
+        q_empty: pipe
+        s_full: pipe
+        p_ready: pipe
+        p_rest: pipe
+        o_step: pipe
+        o_done: pipe
+        row_done: pipe
+        tmem_base: Int32
+        sKeep: cute.struct.MemRange[Int32, config.score_buffers]
+        sFactor: cute.struct.MemRange[Float32, TILE_M * config.query_tiles]
+        sQ: tile(sQ_layout)
+        sK: tile(sK_layout)
+        sV: tile(sV_layout)
+
+    assert SharedStorage.size_in_bytes() <= config.shared_bytes, "RESERVED_SHARED_BYTES is too small"
+    return SharedStorage
+
+
+def transposed(tensor: cute.Tensor) -> cute.Tensor:
+    """The tensor with its first two modes exchanged."""
+    modes = [1, 0, *range(2, cute.rank(tensor.layout))]
+    return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=modes))
+
+
+def tma_partition(atom: cute.CopyAtom, shared: cute.Tensor, coordinates: cute.Tensor):
+    """((TMA box), slots) of shared memory and ((TMA box), tiles..) of coordinates, without multicast."""
+    return cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 3), cute.group_modes(coordinates, 0, 3)
+    )
+
+
+def tile_range(band: Band, first_row) -> TileRange:
+    """The KV tiles of the query tile at `first_row`; begin == end == 0 where it sees no key or does not exist."""
+    visited = band.visited(first_row, TILE_M)
+    empty = (first_row >= band.seqlen_q) | (visited.end <= visited.begin)
+    return TileRange(*(cutlass.select_(empty, Int32(0), Int32(bound)) for bound in visited))
+
+
+def union(ranges: list) -> TileRange:
+    """The tiles from the first of any range to the last of any; empty ranges do not count."""
+    if len(ranges) == 1:
+        return ranges[0]
+    a, b = ranges
+    begin = cutlass.min(a.begin, b.begin)
+    begin = cutlass.select_(a.end == 0, b.begin, cutlass.select_(b.end == 0, a.begin, begin))
+    return TileRange(begin, cutlass.max(a.end, b.end))
+
+
+def _operand(fragment: cute.Tensor) -> Operand:
+    """Descriptors of a fragment (MMA, MMA_MN, MMA_K, slot) with one instruction along MN."""
+    layout = fragment.layout
+    steps = [cute.crd2idx((0, 0, step, 0), layout) for step in range(cute.size(layout, mode=[2]))]
+    return Operand(umma.descriptor(fragment), steps, cute.crd2idx((0, 0, 0, 1), layout))
+
+
+_SCALARS = {"int32": Int32, "int64": Int64, "float32": Float32}
+_POINTEES = {
+    "lse": Float32,
+    "threshold": Float32,
+    "cu_seqlens_q": Int32,
+    "cu_seqlens_k": Int32,
+    "tile_counts": Int32,
+    "skip_map": Uint8,
+    "work_counter": Int32,
+}
+TENSOR_ALIGN_BYTES = 16
+
+
+def _placeholder(operand, dtype: type):
+    """A value of an operand's type to compile with."""
+    if operand.type != "pointer":
+        return _SCALARS[operand.type](1)
+    pointee = _POINTEES.get(operand.name, dtype)
+    align = pointee.width // 8 if operand.name in _POINTEES else TENSOR_ALIGN_BYTES
+    return cute.runtime.make_ptr(pointee, TENSOR_ALIGN_BYTES, cute.AddressSpace.gmem, assumed_align=align)
+
+
+def compile(problem: Problem, config: PrefillConfig | None = None):
+    """Compile the host function of `operands.PREFILL` and a stream, for the DSL's current architecture."""
+    check_supported(problem, SUPPORTS, "kernels.blackwell")
+    kernel = Prefill(problem, config or choose(problem))
+    values = [_placeholder(operand, DTYPES[problem.dtype]) for operand in PREFILL]
+    return cute.compile(kernel, *values, stream=cuda.CUstream(0))

@@ -1,0 +1,70 @@
+"""tcgen05.mma: instruction descriptors, and issuing the two products of attention from one thread.
+
+S = Q K^T takes both operands from shared memory, O += P V takes P from tensor memory. One instruction
+multiplies 128 x 16 by 16 x N; its operands in shared memory are 64-bit descriptors, whose low bits are the
+address in units of 16 bytes, so that an offset in a tile is added to a descriptor as it stands.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32, Int64
+from cutlass._mlir.dialects import nvvm
+from cutlass.cute.nvgpu import tcgen05
+from cutlass.cute.nvgpu.tcgen05.helpers import smem_descriptor_to_int
+from cutlass.cutlass_dsl import dsl_user_op
+
+from cute_sparse.kernels.blackwell import tmem
+
+INSTRUCTION_K = 16  # elements of a 16-bit type: 32 bytes
+_FORMAT_BITS = {cutlass.Float16: 0, cutlass.BFloat16: 1}
+
+
+def instruction_descriptor(dtype: type, m: int, n: int, b_major_mn: bool) -> int:
+    """The 32-bit descriptor of a kind::f16 instruction with fp32 accumulation (PTX ISA, "Instruction descriptor").
+
+    Bits: D format 4 (1 = fp32), A format 7, B format 10, B major 16 (1 = MN), N / 8 at 17, M / 16 at 24.
+    """
+    assert m == 128 and n % 16 == 0 and 16 <= n <= 256, f"no instruction of {m} x {n}"
+    operand_format = _FORMAT_BITS[dtype]
+    return 1 << 4 | operand_format << 7 | operand_format << 10 | int(b_major_mn) << 16 | n // 8 << 17 | m // 16 << 24
+
+
+def descriptor(fragment: cute.Tensor) -> Int64:
+    """The descriptor of the first instruction of a fragment (`make_fragment_A` or `_B` of a shared tile)."""
+    return smem_descriptor_to_int(fragment.iterator)
+
+
+@dsl_user_op
+def issue_from_shared(
+    accumulator: Int32, a: Int64, b: Int64, instruction: int, accumulate: Boolean, *, loc=None, ip=None
+) -> None:
+    """D (tensor memory) = A B, or D + A B; A and B are descriptors. One thread calls this."""
+    _mma(accumulator, a.ir_value(loc=loc, ip=ip), b, instruction, accumulate, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def issue_from_tensor(
+    accumulator: Int32, a: Int32, b: Int64, instruction: int, accumulate: Boolean, *, loc=None, ip=None
+) -> None:
+    """D (tensor memory) = A B, or D + A B; A is an address in tensor memory, B a descriptor. One thread calls this."""
+    _mma(accumulator, tmem.pointer(a, loc=loc, ip=ip), b, instruction, accumulate, loc=loc, ip=ip)
+
+
+def _mma(accumulator, a, b, instruction, accumulate, *, loc, ip) -> None:
+    nvvm.tcgen05_mma(
+        nvvm.Tcgen05MMAKind.F16,
+        nvvm.CTAGroupKind.CTA_1,
+        tmem.pointer(accumulator, loc=loc, ip=ip),
+        a,
+        b.ir_value(loc=loc, ip=ip),
+        Int32(instruction).ir_value(loc=loc, ip=ip),
+        Boolean(accumulate).ir_value(loc=loc, ip=ip),
+        loc=loc,
+        ip=ip,
+    )
+
+
+@cute.jit
+def commit(barrier: cute.Pointer):
+    """Arrive once on `barrier` when every product issued so far by this thread is complete."""
+    tcgen05.commit(barrier)
