@@ -46,10 +46,16 @@ namespace {
 
 using namespace slot_state;
 
-// A source register that is not simply readable: a pending tcgen05.ld completes at its first use; everything else
-// is an error.
+// The first use of a wgmma's result.
+void take_retired(Warp& w, uint32_t slot) {
+  w.state[slot] = (w.state[slot] & ASYNC_READ) | WRITTEN | w.fence_epoch << EPOCH_SHIFT;
+}
+
+// A source register that is not simply readable: a pending tcgen05.ld completes at its first use, and so does the
+// result of a finished wgmma; everything else is an error.
 void resolve_unready(Warp& w, uint32_t slot) {
   if (w.state[slot] & LOAD_PENDING) complete_pending_load(w, slot);
+  if (w.state[slot] & RETIRED) take_retired(w, slot);
   const uint64_t state = w.state[slot];
   if (state & ASYNC_WRITE)
     w.fail(ErrorKind::in_flight, "reads a register that an asynchronous wgmma still writes (wgmma.wait_group first)");
@@ -70,6 +76,7 @@ void mark_writes(Warp& w, const Instr& i, uint32_t mask) {
     uint64_t& state = w.state[slots[k]];
     if (state & IN_FLIGHT) {
       if (state & LOAD_PENDING) complete_pending_load(w, slots[k]);
+      if (state & RETIRED) take_retired(w, slots[k]);
       if (state & (ASYNC_WRITE | ASYNC_READ))
         w.fail(ErrorKind::in_flight, "overwrites a register that an asynchronous operation still uses");
     }
@@ -83,7 +90,7 @@ void move_state(Warp& w, const Instr& i, uint32_t mask) {
   uint32_t written = mask;
   uint64_t epoch = i.n_reads ? 0 : w.fence_epoch;
   for (uint32_t k = 0; k < i.n_reads; ++k) {
-    if (w.state[reads[k]] & (ASYNC_WRITE | LOAD_PENDING)) resolve_unready(w, reads[k]);
+    if (w.state[reads[k]] & (ASYNC_WRITE | LOAD_PENDING | RETIRED)) resolve_unready(w, reads[k]);
     written &= uint32_t(w.state[reads[k]] & WRITTEN);
     epoch = std::max(epoch, w.state[reads[k]] >> EPOCH_SHIFT);
   }

@@ -134,7 +134,9 @@ constexpr uint64_t WRITTEN = 0xffffffffull;       // bit l: lane l holds a value
 constexpr uint64_t ASYNC_WRITE = 1ull << 32;      // a wgmma accumulator in flight: no reads, no writes
 constexpr uint64_t ASYNC_READ = 1ull << 33;       // a wgmma or tcgen05.st operand in flight: no writes
 constexpr uint64_t LOAD_PENDING = 1ull << 34;     // tcgen05.ld result before wait::ld; first use completes it
-constexpr uint64_t IN_FLIGHT = ASYNC_WRITE | ASYNC_READ | LOAD_PENDING;
+constexpr uint64_t RETIRED = 1ull << 35;          // result of a finished wgmma, not touched since; its first use is
+                                                  // what wgmma.fence must separate from the next wgmma
+constexpr uint64_t IN_FLIGHT = ASYNC_WRITE | ASYNC_READ | LOAD_PENDING | RETIRED;
 constexpr int EPOCH_SHIFT = 36;                   // wgmma.fence epoch of the last ordinary write
 }  // namespace slot_state
 

@@ -116,7 +116,8 @@ uint64_t ChunkMap::highest(uint32_t line, uint32_t chunk) const {
 
 uint64_t ChunkMap::end() const {
   uint64_t top = 0;  // the last line is not the highest one if a stride is small: look at every corner
-  for (uint32_t line : {lines_ - 1, std::min(lines_, 1u << row_shift_) - 1, ((lines_ - 1) >> row_shift_ << row_shift_) - 1})
+  const uint32_t group_end = std::min(lines_, 1u << row_shift_), last_group = (lines_ - 1) >> row_shift_ << row_shift_;
+  for (uint32_t line : {lines_ - 1, group_end - 1, last_group - 1})
     for (uint32_t chunk : {chunks_ - 1, std::min(chunks_, 1u << atom_shift_) - 1})
       if (line < lines_) top = std::max(top, highest(line, chunk));
   const uint64_t unit = swizzle_ == Swizzle::none ? 16 : pitch_;  // a swizzle permutes the chunks of its row
