@@ -28,7 +28,7 @@ ELEMENT_BYTES = 2
 # Registers per thread that setmaxnreg gives to a consumer and to the producer, by consumer warpgroups.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 # Registers beside the accumulators: descriptors, softmax state, loop state (as ptxas 13.0 needs them).
-OTHER_REGISTERS = 40
+OTHER_REGISTERS = 32
 
 MMA_FLOP_PER_CYCLE = 4096
 EXP_PER_CYCLE = 16
@@ -39,7 +39,10 @@ TYPICAL_SEQLEN = 8192
 
 L2_BYTES = 32 << 20  # of 50 (H100) or 60 MB (H200), what the K and V of a group of heads may take
 DYNAMIC_CTAS = 132  # SMs of an H100 SXM or H200; with fewer SMs the later CTAs find the work done
-SPARSE_TILE_N_MAX = 128  # a wider tile is negligible less often
+
+MIN_TILE_N, TILE_N_MAX = 64, 176
+BOUNDED_TILE_N_MAX = 128  # under a mask more of a wide tile is hidden; of a sparse problem fewer wide tiles are negligible
+WIDE_HEAD_TILE_N_MAX = 80  # head_dim_v above 192: at 96, ptxas 13.0 spills
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,12 @@ def accumulator_registers(problem: Problem, config: Config) -> int:
 
 def candidates(problem: Problem) -> list[Config]:
     """Every config that fits an SM: shared memory, registers without spills."""
-    widest = SPARSE_TILE_N_MAX if problem.sparsity else 256
+    widest = TILE_N_MAX if problem.mask == "full" and not problem.sparsity else BOUNDED_TILE_N_MAX
+    if padded(problem.head_dim_v) > 192:
+        widest = WIDE_HEAD_TILE_N_MAX
     found = []
     for warpgroups in REGISTERS:
-        for tile_n in range(widest, 63, -16):
+        for tile_n in range(widest, MIN_TILE_N - 1, -16):
             for out_aliases_q in (False, True):
                 config = Config(warpgroups, tile_n, out_aliases_q=out_aliases_q)
                 registers = accumulator_registers(problem, config) + OTHER_REGISTERS

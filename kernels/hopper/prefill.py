@@ -401,12 +401,13 @@ class HopperPrefill:
                 )
                 consumer = Consumer(operands, shared, thread, fragments, work, softmax)
                 kept = Int32(0)
+                # Not left to the first product: with a P V under a branch, ptxas would serialise every wgmma.
+                fragments.acc_O.fill(0.0)
                 shared.q_ring.wait(q)
                 if work.end > work.begin:
                     k, v, kept = self._walk(consumer, q, k, v)
                 else:
                     softmax.clear()
-                    fragments.acc_O.fill(0.0)
                 self.store(consumer, q)
                 if const_expr(operands.stats is not None):
                     self._count(consumer, kept)
@@ -446,14 +447,14 @@ class HopperPrefill:
         k = self._first_step(consumer, last, k, threshold_raw)
         p_pending, kept = Boolean(True), Int32(1)
         for i in cutlass.range(last - work.begin, unroll=1):
-            keeps = self._step(consumer, last - 1 - i, k, v, p_pending, i > 0, threshold_raw)
+            keeps = self._step(consumer, last - 1 - i, k, v, p_pending, threshold_raw)
             k, v = shared.k_ring.advanced(k), shared.v_ring.advanced(v)
             if const_expr(self.sparse):
                 p_pending = keeps
                 kept += Int32(keeps)
         if const_expr(not self.config.out_aliases_q):
             shared.q_ring.release(q)
-        self._last_product(consumer, v, p_pending, last > work.begin)
+        self._last_product(consumer, v, p_pending)
         return k, shared.v_ring.advanced(v), kept
 
     @cute.jit
@@ -474,7 +475,7 @@ class HopperPrefill:
         return shared.k_ring.advanced(k)
 
     @cute.jit
-    def _step(self, consumer: Consumer, n_block, k: Cursor, v: Cursor, p_pending, accumulate, threshold_raw):
+    def _step(self, consumer: Consumer, n_block, k: Cursor, v: Cursor, p_pending, threshold_raw):
         """One further tile; P V of the last kept tile runs beside this one's Q K^T. Returns whether it is kept."""
         _, shared, thread, fragments, _, softmax = consumer
         acc_S = self._accumulator(fragments)
@@ -484,7 +485,7 @@ class HopperPrefill:
         if p_pending:
             shared.v_ring.wait(v)
             tOrV = fragments.tOrV[None, None, None, v.index]
-            wgmma.issue(fragments.pv, fragments.acc_O, fragments.tOrP, tOrV, accumulate)
+            wgmma.issue(fragments.pv, fragments.acc_O, fragments.tOrP, tOrV, True)
             self._pass_turn(thread)
             warpgroup.wait_group(1)
         else:
@@ -513,13 +514,13 @@ class HopperPrefill:
         return keeps
 
     @cute.jit
-    def _last_product(self, consumer: Consumer, v: Cursor, p_pending, accumulate):
+    def _last_product(self, consumer: Consumer, v: Cursor, p_pending):
         """O += P V of the last kept tile, if it was the last visited."""
         _, shared, _, fragments, _, _ = consumer
         shared.v_ring.wait(v)
         if p_pending:
             tOrV = fragments.tOrV[None, None, None, v.index]
-            wgmma.issue(fragments.pv, fragments.acc_O, fragments.tOrP, tOrV, accumulate)
+            wgmma.issue(fragments.pv, fragments.acc_O, fragments.tOrP, tOrV, True)
             warpgroup.wait_group(0)
         shared.v_ring.release(v)
 
@@ -563,9 +564,12 @@ class HopperPrefill:
         operands, _, thread, _, work, _ = consumer
         if thread.index % wgmma.THREADS_PER_ROW == 0:
             first, head, batch = work.span_q.first, work.tile.head_idx, work.tile.batch_idx
-            for row, q_idx in enumerate(self._rows(consumer)):
-                if q_idx < work.span_q.length:
-                    operands.lse[first + q_idx, head, 0 if const_expr(self.problem.varlen) else batch] = lse[row]
+            if const_expr(self.problem.varlen):
+                batch = 0
+            q_idx = self._rows(consumer)
+            for row in cutlass.range_constexpr(wgmma.ROWS_PER_THREAD):
+                if q_idx[row] < work.span_q.length:
+                    operands.lse[first + q_idx[row], head, batch] = lse[row]
 
     # ---- one tile's scores
 
@@ -632,7 +636,7 @@ class HopperPrefill:
             counts = operands.stats.tile_counts
             for which, count in enumerate((kept, visited)):
                 offset = cute.crd2idx((which, work.tile.batch_idx, work.tile.head_idx), counts.layout)
-                cute.arch.red(counts.iterator + offset, count, op="add", sem="relaxed", scope="gpu")
+                cute.arch.red(counts.iterator + offset, count, op="add", dtype="s32", sem="relaxed", scope="gpu")
 
     # ---- barriers
 

@@ -8,7 +8,9 @@ A warpgroup multiplies 64 rows. Lane l of warp w holds, of an accumulator of 64 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
+from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.cutlass_dsl import T
 from cutlass.utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
@@ -96,11 +98,9 @@ def round_to(dtype, source: cute.Tensor, target: cute.Tensor) -> None:
     mnemonic = {cutlass.BFloat16: "cvt.rn.bf16x2.f32", cutlass.Float16: "cvt.rn.f16x2.f32"}[dtype]
     words = cute.recast_tensor(target, Uint32)
     for i in range(cute.size(words)):
-        words[i] = cute.arch.inline_ptx(
-            mnemonic + " {$w0}, {$r0}, {$r1};",
-            write_only_types=[Uint32],
-            read_only_args=[source[2 * i + 1], source[2 * i]],
-        )
+        high, low = source[2 * i + 1].ir_value(), source[2 * i].ir_value()
+        # not inline_ptx, which would first move both operands
+        words[i] = Uint32(llvm.inline_asm(T.i32(), [high, low], mnemonic + " $0, $1, $2;", "=r,f,f"))
 
 
 def any_of_warpgroup(predicate, barrier_id) -> cutlass.Boolean:
