@@ -41,6 +41,13 @@ def launcher(
     return found
 
 
+def compile_to_disk(problem: Problem, config: object, arch: str, compile: Callable) -> None:
+    """Have the disk cache hold the function; it is not loaded, so no device is needed."""
+    if cache.directory() is None:
+        raise RuntimeError("the disk cache is off or unusable; compiling ahead for another process needs it")
+    _from_disk_or_compiler(problem, config, arch, compile, None)
+
+
 def forget(emulator_device: object) -> None:
     """Drop the launchers of an emulated device that is no more."""
     for key in [key for key in _launchers if key[-1] is emulator_device]:

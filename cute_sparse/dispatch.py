@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -370,7 +370,71 @@ class Kernel(NamedTuple):
 
 def compiled_prefill(problem: Problem, target: Target) -> Kernel:
     """The prefill kernel of the target's architecture for `problem`: from memory, from disk, or compiled now."""
-    room = importlib.import_module(f"{ROOM_OF_ARCH[target.arch]}.prefill")
-    check_supported(problem, room.SUPPORTS, target.arch)
-    config = importlib.import_module(f"{ROOM_OF_ARCH[target.arch]}.config").choose(problem)
-    return Kernel(config, compiled.launcher(problem, config, target.arch, room.compile, PREFILL, target.session))
+    config, compile = _chosen_prefill(problem, target.arch)
+    return Kernel(config, compiled.launcher(problem, config, target.arch, compile, PREFILL, target.session))
+
+
+def _chosen_prefill(problem: Problem, arch: str) -> tuple[object, Callable]:
+    """(config, compile function) for `problem`, or UnsupportedProblem."""
+    prefill = importlib.import_module(f"{ROOM_OF_ARCH[arch]}.prefill")
+    check_supported(problem, prefill.SUPPORTS, arch)
+    config = importlib.import_module(f"{ROOM_OF_ARCH[arch]}.config").choose(problem)
+    return config, prefill.compile
+
+
+def warmup(
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    head_dim_v: int | None = None,
+    causal: bool = False,
+    window: bool = False,
+    varlen: bool = False,
+    softcap: bool = False,
+    threshold: bool = False,
+    return_lse: bool = False,
+    return_stats: bool = False,
+    device: torch.device | str | None = None,
+    arch: str | None = None,
+) -> None:
+    """Compile, ahead of the first call, the kernel of calls of this kind; sizes do not matter.
+
+    head_dim_v      None: head_dim
+    window, softcap, threshold, varlen  whether calls will have one, or be packed; causal together with window is a
+                    window that ends at the diagonal
+    device          compile for this CUDA device, and load (before a CUDA graph is captured, this must have been
+                    done); None: the current one
+    arch            compile for "sm_90a", "sm_100a" or "sm_103a" into the disk cache alone, on a machine with any GPU
+                    or none
+    """
+    if dtype not in inputs.DTYPE_NAMES:
+        raise NotImplementedError(f"{dtype=} is not supported; supported are {', '.join(map(str, inputs.DTYPE_NAMES))}")
+    if device is not None and arch is not None:
+        raise ValueError(f"give {device=} or {arch=}, not both")
+    problem = Problem(
+        kind="prefill",
+        dtype=inputs.DTYPE_NAMES[dtype],
+        head_dim=head_dim,
+        head_dim_v=head_dim if head_dim_v is None else head_dim_v,
+        mask="band" if window else "causal" if causal else "full",
+        varlen=varlen,
+        softcap=softcap,
+        sparsity="threshold" if threshold else None,
+        return_lse=return_lse,
+        return_stats=return_stats,
+    )
+    if arch is not None:
+        if arch not in ROOM_OF_ARCH:
+            raise ValueError(f"{arch=} must be one of {', '.join(ROOM_OF_ARCH)}")
+        config, compile = _chosen_prefill(problem, arch)
+        compiled.compile_to_disk(problem, config, arch, compile)
+        return
+    target = _target(torch.device("cuda" if device is None else device))
+    if target is None:
+        raise ValueError(f"{device=} runs the reference, which is not compiled; give a CUDA device or arch=")
+    compiled_prefill(problem, target)
+
+
+def support_matrix() -> dict[str, frozenset[str]]:
+    """What the prefill kernel of each architecture declares to support, as `problem.required` names features."""
+    return {arch: importlib.import_module(f"{room}.prefill").SUPPORTS for arch, room in ROOM_OF_ARCH.items()}

@@ -1,0 +1,252 @@
+"""Bad input, each kind with its error by name; what is returned; conventions of the arguments."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import cute_sparse
+from cute_sparse import inputs
+
+
+def tensors(batch=2, seqlen_q=20, seqlen_k=30, heads_q=4, heads_kv=2, head_dim=16, head_dim_v=16, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, seqlen_q, heads_q, head_dim, generator=generator).to(dtype)
+    k = torch.randn(batch, seqlen_k, heads_kv, head_dim, generator=generator).to(dtype)
+    v = torch.randn(batch, seqlen_k, heads_kv, head_dim_v, generator=generator).to(dtype)
+    return q, k, v
+
+
+def call(**changes):
+    q, k, v = tensors()
+    given = dict(q=q, k=k, v=v) | changes
+    return cute_sparse.attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+def call_varlen(**changes):
+    """Three sequences: 10, 0 and 20 queries, 25, 5 and 10 keys."""
+    q, k, v = (tensor.flatten(0, 1) for tensor in tensors(batch=1, seqlen_q=30, seqlen_k=40))
+    given = dict(
+        q=q, k=k, v=v,
+        cu_seqlens_q=int32(0, 10, 10, 30), cu_seqlens_k=int32(0, 25, 30, 40), max_seqlen_q=20, max_seqlen_k=25,
+    )  # fmt: skip
+    given |= changes
+    return cute_sparse.attention_varlen(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def bf16(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def misaligned(*shape):
+    """Starts 2 bytes into its memory."""
+    return torch.zeros(math.prod(shape) + 1, dtype=torch.bfloat16)[1:].view(shape)
+
+
+def huge():
+    """Over 2^31 elements, of memory that is never touched."""
+    return torch.empty((1, 2**22 + 1, 4, 128), dtype=torch.bfloat16)
+
+
+Q, K, V = tensors()
+BAD = {
+    "q is no tensor": (dict(q=[1.0]), TypeError, "q is a list"),
+    "q of rank 3": (dict(q=bf16(20, 4, 16)), ValueError, r"q has shape \(20, 4, 16\); it must have 4 dimensions"),
+    "v of rank 5": (dict(v=bf16(2, 30, 2, 16, 1)), ValueError, "v has shape .* 4 dimensions"),
+    "k of another dtype": (dict(k=K.half()), ValueError, "k has dtype torch.float16, q has torch.bfloat16"),
+    "v of another dtype": (dict(v=V.half()), ValueError, "v has dtype torch.float16, q has torch.bfloat16"),
+    "float32": (dict(q=Q.float(), k=K.float(), v=V.float()), NotImplementedError, "float32; supported are .*bfloat16"),
+    "float8": (dict(q=Q.to(torch.float8_e4m3fn)), NotImplementedError, "float8_e4m3fn; supported are .*bfloat16"),
+    "mixed devices": (dict(k=K.to("meta")), ValueError, "k is on meta, q on cpu"),
+    "batches differ": (dict(q=bf16(3, 20, 4, 16)), ValueError, "q has batch 3, k and v have 2"),
+    "lengths of k and v differ": (dict(v=bf16(2, 31, 2, 16)), ValueError, r"k has shape .*30.*v has .*31"),
+    "heads of k and v differ": (dict(v=bf16(2, 30, 4, 16)), ValueError, "k has shape .* v has "),
+    "heads do not divide": (dict(k=bf16(2, 30, 3, 16), v=bf16(2, 30, 3, 16)), ValueError, "heads_q=4 .* heads_kv=3"),
+    "no key heads": (dict(k=bf16(2, 30, 0, 16), v=bf16(2, 30, 0, 16)), ValueError, "heads_kv=0"),
+    "head dims of q and k differ": (dict(k=bf16(2, 30, 2, 24)), ValueError, "q has head_dim 16, k has 24"),
+    "head dim 7": (dict(q=bf16(2, 20, 4, 7), k=bf16(2, 30, 2, 7)), ValueError, "head_dim=7 .*multiple of 8 up to 256"),
+    "head dim 264": (dict(q=bf16(2, 20, 4, 264), k=bf16(2, 30, 2, 264)), ValueError, "head_dim=264 .*up to 256"),
+    "head dim 0": (dict(q=bf16(2, 20, 4, 0), k=bf16(2, 30, 2, 0)), ValueError, "head_dim=0 .*multiple of 8"),
+    "head dim of v 12": (dict(v=bf16(2, 30, 2, 12)), ValueError, "head_dim_v=12 .*multiple of 8"),
+    "head dim of v 264": (dict(v=bf16(2, 30, 2, 264)), ValueError, "head_dim_v=264"),
+    "last stride not 1": (dict(q=bf16(2, 20, 16, 4).transpose(2, 3)), ValueError, "q has strides .*last one must be 1"),
+    "stride not 16 bytes": (dict(k=bf16(2, 30, 2, 20)[..., :16]), ValueError, "k has strides .*multiples of 8"),
+    "address not 16 bytes": (dict(v=misaligned(2, 30, 2, 16)), ValueError, "v starts at .*16-byte aligned"),
+    "q requires grad": (dict(q=Q.clone().requires_grad_()), NotImplementedError, "q requires grad.*no backward"),
+    "v requires grad": (dict(v=V.clone().requires_grad_()), NotImplementedError, "v requires grad.*no backward"),
+    "lambda 0": (dict(threshold=0.0), ValueError, r"threshold=0.0 must be in \(0, 1\]"),
+    "lambda negative": (dict(threshold=-0.5), ValueError, r"threshold=-0.5 must be in \(0, 1\]"),
+    "lambda above 1": (dict(threshold=1.5), ValueError, r"threshold=1.5 must be in \(0, 1\]"),
+    "lambda NaN": (dict(threshold=math.nan), ValueError, r"threshold=nan must be in \(0, 1\]"),
+    "lambda a string": (dict(threshold="0.1"), TypeError, "threshold is a str"),
+    "lambda of a wrong shape": (dict(threshold=torch.full((3,), 0.1)), ValueError, r"threshold .*shape \(3,\)"),
+    "lambda of a wrong dtype": (dict(threshold=torch.full((2,), 0.1).double()), ValueError, "float64.*torch.float32"),
+    "lambda on another device": (dict(threshold=torch.ones(2, device="meta")), ValueError, "threshold .*meta.*cpu"),
+    "lambda 0 in a tensor": (dict(threshold=torch.tensor([0.1, 0.0])), ValueError, r"holds 0.0; .*\(0, 1\]"),
+    "lambda requires grad": (dict(threshold=torch.ones(2, requires_grad=True)), NotImplementedError, "threshold"),
+    "scale 0": (dict(softmax_scale=0.0), ValueError, "softmax_scale=0.0 must be positive and finite"),
+    "scale negative": (dict(softmax_scale=-1.0), ValueError, "softmax_scale=-1.0 must be positive"),
+    "scale NaN": (dict(softmax_scale=math.nan), ValueError, "softmax_scale=nan must be positive"),
+    "softcap negative": (dict(softcap=-1.0), ValueError, "softcap=-1.0 must be finite and not negative"),
+    "softcap infinite": (dict(softcap=math.inf), ValueError, "softcap=inf must be finite"),
+    "window no pair": (dict(window_size=5), ValueError, "window_size=5 must be a pair"),
+    "window of three": (dict(window_size=(1, 2, 3)), ValueError, "must be a pair"),
+    "window below -1": (dict(window_size=(-2, 0)), ValueError, r"window_size=\(-2, 0\)"),
+    "window of a fraction": (dict(window_size=(1.5, 0)), ValueError, r"window_size=\(1.5, 0\)"),
+    "out no tensor": (dict(out=3), TypeError, "out is a int"),
+    "out of a wrong shape": (dict(out=bf16(2, 20, 4, 8)), ValueError, r"out has shape .* must be \(2, 20, 4, 16\)"),
+    "out of a wrong dtype": (dict(out=bf16(2, 20, 4, 16).half()), ValueError, "out has dtype torch.float16"),
+    "out on another device": (dict(out=bf16(2, 20, 4, 16).to("meta")), ValueError, "out is on meta"),
+    "out with a wrong stride": (dict(out=bf16(2, 20, 16, 4).transpose(2, 3)), ValueError, "out has strides"),
+    "out on its own memory": (dict(out=bf16(2, 20, 1, 16).expand(2, 20, 4, 16)), ValueError, "out .*share memory"),
+    "out on q": (dict(q=Q, out=Q), ValueError, "out .*memory of its own"),
+    "an unknown option": (dict(dropout_p=0.1), TypeError, "dropout_p"),
+}
+
+
+@pytest.mark.parametrize("changes, error, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_refused_by_name(changes, error, message):
+    with pytest.raises(error, match=message):
+        call(**changes)
+
+
+BAD_VARLEN = {
+    "rank 4": (dict(q=bf16(1, 30, 4, 16)), ValueError, "q has shape .*3 dimensions"),
+    "cu_seqlens_q missing": (dict(cu_seqlens_q=None), TypeError, "cu_seqlens_q"),
+    "cu_seqlens_k missing": (dict(cu_seqlens_k=None), TypeError, "cu_seqlens_k"),
+    "cu_seqlens no tensor": (dict(cu_seqlens_k=[0, 25, 30, 40]), TypeError, "cu_seqlens_k is a list"),
+    "cu_seqlens int64": (dict(cu_seqlens_q=int32(0, 10, 10, 30).long()), ValueError, "_q .*int64.*torch.int32"),
+    "cu_seqlens of rank 2": (dict(cu_seqlens_q=int32(0, 10, 10, 30)[None]), ValueError, "cu_seqlens_q has shape"),
+    "cu_seqlens empty": (dict(cu_seqlens_q=int32(), cu_seqlens_k=int32()), ValueError, "cu_seqlens_q has shape"),
+    "cu_seqlens on another device": (dict(cu_seqlens_q=int32(0, 1).to("meta")), ValueError, "cu_seqlens_q is on meta"),
+    "batches differ": (dict(cu_seqlens_k=int32(0, 25, 40)), ValueError, "4 entries, cu_seqlens_k 3"),
+    "cu_seqlens decrease": (dict(cu_seqlens_k=int32(0, 25, 20, 40)), ValueError, "cu_seqlens_k=.* decreases"),
+    "cu_seqlens do not start at 0": (dict(cu_seqlens_q=int32(1, 10, 10, 30)), ValueError, "cu_seqlens_q starts with 1"),
+    "cu_seqlens exceed the total": (dict(cu_seqlens_k=int32(0, 25, 30, 41)), ValueError, "ends with 41, .* 40 tokens"),
+    "max_seqlen_q too small": (dict(max_seqlen_q=19), ValueError, "max_seqlen_q=19 is less .*20"),
+    "max_seqlen_k too small": (dict(max_seqlen_k=24), ValueError, "max_seqlen_k=24 is less .*25"),
+    "max_seqlen_q missing": (dict(max_seqlen_q=None), ValueError, "max_seqlen_q=None"),
+    "max_seqlen_k negative": (dict(max_seqlen_k=-1), ValueError, "max_seqlen_k=-1"),
+    "heads do not divide": (dict(k=bf16(40, 3, 16), v=bf16(40, 3, 16)), ValueError, "heads_q=4 .* heads_kv=3"),
+    "out of a wrong shape": (dict(out=bf16(31, 4, 16)), ValueError, r"out has shape .*\(30, 4, 16\)"),
+}
+
+
+@pytest.mark.parametrize("changes, error, message", BAD_VARLEN.values(), ids=BAD_VARLEN.keys())
+def test_bad_packed_input_is_refused_by_name(changes, error, message):
+    with pytest.raises(error, match=message):
+        call_varlen(**changes)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_tensors_over_2_to_31_elements_are_refused_by_name(which):
+    """Memory that is never touched costs nothing; k and v are one tensor, so that their lengths agree."""
+    q, big = bf16(1, 20, 4, 128), huge()
+    given = dict(q=big if which == "q" else q, k=big if which != "q" else q, v=big if which != "q" else q)
+    with pytest.raises(NotImplementedError, match=r"over \d{10} elements; .*2\*\*31 - 1"):
+        call(**given)
+
+
+def test_a_bad_value_is_found_also_when_the_same_shapes_were_checked_before():
+    """Plans are kept per shapes and options; what a plan depends on beyond them is checked at every call."""
+    threshold, cu_seqlens = torch.full((2,), 0.1), int32(0, 25, 30, 40)
+    call(threshold=threshold)
+    call_varlen(cu_seqlens_k=cu_seqlens)
+    threshold[1] = 2.0
+    cu_seqlens[1] = 35
+    with pytest.raises(ValueError, match="holds 2.0"):
+        call(threshold=threshold)
+    with pytest.raises(ValueError, match="decreases"):
+        call_varlen(cu_seqlens_k=cu_seqlens)
+    q = tensors()[0]
+    with torch.no_grad():
+        call(q=q.requires_grad_())
+    with pytest.raises(NotImplementedError, match="q requires grad"):
+        call(q=q)
+
+
+def test_a_device_without_a_kernel_is_named():
+    with pytest.raises(RuntimeError, match="meta.*9.0.*10.0.*10.3.*cpu"):
+        call(**{name: tensor.to("meta") for name, tensor in zip("qkv", tensors(), strict=True)})
+
+
+def test_a_gpu_without_a_kernel_is_named(monkeypatch):
+    from cute_sparse import dispatch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "an older one")
+    with pytest.raises(RuntimeError, match="an older one.*8.6.*9.0.*10.0.*10.3"):
+        dispatch._gpu_target.__wrapped__(0)
+
+
+# ---- What is returned ----
+
+
+def test_the_output_alone_unless_more_is_asked():
+    assert isinstance(call(), torch.Tensor)
+    got = call(return_lse=True)
+    assert got.out.shape == (2, 20, 4, 16) and got.lse.shape == (2, 4, 20) and got.stats is None
+    got = call(return_stats=True)
+    assert got.lse is None
+    stats = got.stats
+    assert stats.tile_counts.shape == (2, 2, 4) and stats.tile_counts.dtype == torch.int32
+    rows, cols = -(-20 // stats.geometry.tile_rows), -(-30 // stats.geometry.tile_n)
+    assert stats.skip_map.shape == (2, 4, rows, cols) and stats.skip_map.dtype == torch.uint8
+
+
+def test_packed_shapes():
+    got = call_varlen(return_lse=True, return_stats=True)
+    assert got.out.shape == (30, 4, 16) and got.lse.shape == (4, 30) and got.stats.tile_counts.shape == (2, 3, 4)
+
+
+def test_out_is_returned():
+    out = bf16(2, 20, 4, 16)
+    assert call(out=out) is out
+    torch.testing.assert_close(out, call())
+
+
+def test_the_scale_is_one_over_the_root_of_the_head_dim():
+    torch.testing.assert_close(call(), call(softmax_scale=0.25))
+    assert not torch.allclose(call(), call(softmax_scale=1.0))
+
+
+@pytest.mark.parametrize("unbounded", [None, -1])
+def test_an_unbounded_window(unbounded):
+    torch.testing.assert_close(call(window_size=(unbounded, unbounded)), call())
+    torch.testing.assert_close(call(window_size=(unbounded, 0)), call(causal=True))
+    torch.testing.assert_close(call(window_size=[unbounded, 0]), call(causal=True))
+
+
+def test_causal_sets_the_right_of_the_window_to_0():
+    torch.testing.assert_close(call(causal=True, window_size=(5, 7)), call(window_size=(5, 0)))
+
+
+@pytest.mark.parametrize(
+    "causal, window_size, expected",
+    [
+        (False, (None, None), ("full", 30, 20)),
+        (False, (-1, -1), ("full", 30, 20)),
+        (True, (None, None), ("causal", 30, 0)),
+        (True, (-1, 99), ("causal", 30, 0)),
+        (True, (5, None), ("band", 5, 0)),
+        (False, (5, 6), ("band", 5, 6)),
+        (False, (1000, 1000), ("band", 30, 20)),
+        (False, (None, 0), ("band", 30, 0)),
+    ],
+)
+def test_the_band_of_a_call(causal, window_size, expected):
+    assert inputs.band(causal, window_size, 20, 30) == expected
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in cute_sparse.__all__:
+        value = getattr(cute_sparse, name)
+        assert name == "__version__" or value.__doc__, name
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        cute_sparse.nothing_like_this  # noqa: B018
