@@ -164,8 +164,8 @@ def _two_query_tiles(problem: Problem, exp2_emulated: int) -> PrefillConfig | No
         p_early_columns=96,
         exp2_emulated=exp2_emulated,
         registers_softmax=192,
-        registers_correction=72,
-        registers_other=56,
+        registers_correction=64,
+        registers_other=64,
     )
 
 
@@ -190,8 +190,8 @@ def _one_query_tile(problem: Problem, exp2_emulated: int) -> PrefillConfig | Non
         p_early_columns=96,
         exp2_emulated=exp2_emulated,
         registers_softmax=240,
-        registers_correction=160,
-        registers_other=80,
+        registers_correction=112,
+        registers_other=128,
     )
 
 

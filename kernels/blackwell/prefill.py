@@ -33,6 +33,7 @@ from cute_sparse.kernels.blackwell.config import (
 )
 from cute_sparse.kernels.blackwell.softmax import (
     RowSoftmax,
+    accumulated,
     any_of_group,
     exponentials,
     multiply_row,
@@ -512,7 +513,8 @@ class Prefill:
         """S = Q K^T, or for a later chunk of head_dim, S += Q K^T."""
         tmem.fence_after_sync()
         q, k = fragments.q, fragments.k
-        q_first = q.first + query_tile * q.slot_stride
+        # Recomputed here, because the compiler would otherwise hold one register pair an instruction.
+        q_first = umma.opaque(q.first) + query_tile * q.slot_stride
         k_first = k.first + Int64(k_slot * k.slot_stride)
         with cute.arch.elect_one():
             for step in cutlass.range_constexpr(self.steps_k):
@@ -644,14 +646,16 @@ class Prefill:
         self._publish(step, n_block, buffer, KEPT)
         if const_expr(not first):
             self._rescale(step, tile_max)
-        exponents = state.exponents(scores)
         p_address = address + (config.tmem.probabilities[0] - config.tmem.scores[0])
-        p = []
+        sums = []
         for first_column in cutlass.range_constexpr(0, config.tile_n, FRAGMENT):
             last = first_column + FRAGMENT == config.tile_n
             emulated = 0 if last else config.exp2_emulated  # P is waited for: its end is made the fastest way
-            p += exponentials(exponents[first_column : first_column + FRAGMENT], emulated)
-            tmem.store(p_address + first_column // 2, pack(p[first_column:], self.dtype))
+            exponents = state.exponents(scores[first_column : first_column + FRAGMENT])
+            p = exponentials(exponents, emulated)
+            tmem.store(p_address + first_column // 2, pack(p, self.dtype))
+            # The sums run beside the exponential unit, which takes eight clocks for a warp's instruction.
+            sums = accumulated(sums, p)
             if const_expr(first_column + FRAGMENT == config.p_early_columns):
                 tmem.wait_stores()
                 tmem.fence_before_sync()
@@ -659,7 +663,7 @@ class Prefill:
         tmem.wait_stores()
         tmem.fence_before_sync()
         cute.arch.mbarrier_arrive(pipes.p_rest + (0 if self.one_tile else buffer))
-        state.add(p, first)
+        state.add(sums, first)
         step.kept[0] = step.kept[0] + 1
 
     @cute.jit

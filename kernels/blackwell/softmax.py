@@ -19,6 +19,7 @@ from cute_sparse.kernels.blackwell.exp2 import exp2_pair
 
 LOWEST = -3.4028234663852886e38  # the most negative fp32: above -inf, below every score
 PAIRS_PER_PERIOD = 16  # the unit in which `PrefillConfig.exp2_emulated` counts
+SUM_CHAINS = 2  # packed additions that do not wait for each other
 _PACKED_TYPE = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}
 
 
@@ -86,17 +87,12 @@ class RowSoftmax:
             values += cute.arch.fma_packed_f32x2((scores[i], scores[i + 1]), scale, bias)
         return values
 
-    def add(self, values: list, first: bool) -> None:
-        """Add a row of p to the row sum: four packed chains, so that few additions wait for each other."""
-        chains = [(values[i], values[i + 1]) for i in range(0, 8, 2)]
-        for i in range(8, len(values), 2):
-            chain = i // 2 % 4
-            chains[chain] = cute.arch.add_packed_f32x2(chains[chain], (values[i], values[i + 1]))
-        low = cute.arch.add_packed_f32x2(chains[0], chains[1])
-        high = cute.arch.add_packed_f32x2(chains[2], chains[3])
-        total = cute.arch.add_packed_f32x2(low, high)
-        tile_sum = total[0] + total[1]
-        self.row_sum[0] = tile_sum if const_expr(first) else self.row_sum[0] + tile_sum
+    def add(self, sums: list, first: bool) -> None:
+        """Add the tile's partial sums, of `accumulated`, to the row sum."""
+        while len(sums) > 1:
+            sums = [cute.arch.add_packed_f32x2(a, b) for a, b in zip(sums[0::2], sums[1::2], strict=True)]
+        tile_sum = sums[0][0] + sums[0][1]
+        self.row_sum[0] = tile_sum if first else self.row_sum[0] + tile_sum
 
     def finish(self):
         """What O is to be multiplied with, and the natural-log LSE; 0 and -inf for a row without keys."""
@@ -135,6 +131,16 @@ def exponentials(exponents: list, emulated_pairs: int) -> list:
         else:
             values += (cute.math.exp2(x, fastmath=True), cute.math.exp2(y, fastmath=True))
     return values
+
+
+def accumulated(sums: list, values: list) -> list:
+    """SUM_CHAINS packed partial sums with a fragment's values added; an empty list stands for zeros."""
+    pairs = [(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+    sums, pairs = (sums, pairs) if sums else (pairs[:SUM_CHAINS], pairs[SUM_CHAINS:])
+    for i, pair in enumerate(pairs):
+        chain = i % SUM_CHAINS
+        sums[chain] = cute.arch.add_packed_f32x2(sums[chain], pair)
+    return sums
 
 
 def multiply_row(values: list, factor: Float32) -> list:

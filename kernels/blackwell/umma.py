@@ -8,10 +8,10 @@ address in units of 16 bytes, so that an offset in a tile is added to a descript
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64
-from cutlass._mlir.dialects import nvvm
+from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cute.nvgpu import tcgen05
 from cutlass.cute.nvgpu.tcgen05.helpers import smem_descriptor_to_int
-from cutlass.cutlass_dsl import dsl_user_op
+from cutlass.cutlass_dsl import T, dsl_user_op
 
 from cute_sparse.kernels.blackwell import tmem
 
@@ -32,6 +32,24 @@ def instruction_descriptor(dtype: type, m: int, n: int, b_major_mn: bool) -> int
 def descriptor(fragment: cute.Tensor) -> Int64:
     """The descriptor of the first instruction of a fragment (`make_fragment_A` or `_B` of a shared tile)."""
     return smem_descriptor_to_int(fragment.iterator)
+
+
+@dsl_user_op
+def opaque(value: Int64, *, loc=None, ip=None) -> Int64:
+    """The same value; the compiler does not see that it is, and so cannot hoist what is computed from it."""
+    return Int64(
+        llvm.inline_asm(
+            T.i64(),
+            [value.ir_value(loc=loc, ip=ip)],
+            "mov.b64 $0, $1;",
+            "=l,l",
+            has_side_effects=True,
+            is_align_stack=False,
+            asm_dialect=llvm.AsmDialect.AD_ATT,
+            loc=loc,
+            ip=ip,
+        )
+    )
 
 
 @dsl_user_op
