@@ -1,0 +1,64 @@
+"""Runs CuTe-DSL kernels on the CPU: their own PTX, interpreted, checked and counted, for sm_90a and sm_100a.
+
+    from cute_sparse import emulator
+
+    with emulator.device("sm_100a", order="random", seed=3) as device:
+        compiled = cute.compile(kernel, from_dlpack(x))  # any CuTe-DSL code, CPU tensors
+        compiled(from_dlpack(x))
+    for launch in device.launches:
+        print(launch)
+
+`python -m cute_sparse.emulator --arch sm_90a script.py` runs an unmodified script that uses torch's "cuda" device.
+It knows nothing of attention. The first use builds a C++ core (see build.py); importing this does not.
+"""
+
+from __future__ import annotations
+
+from cute_sparse.emulator import errors
+from cute_sparse.emulator.counts import Counts, Launch
+from cute_sparse.emulator.devices import ARCHES, Device, entered
+from cute_sparse.emulator.errors import EmulatorError
+
+__all__ = ["ARCHES", "Counts", "Device", "EmulatorError", "Launch", "device", "entered", "errors", "register"]
+
+
+def device(
+    arch: str,
+    *,
+    order: str = "eager",
+    seed: int = 0,
+    sms: int = 4,
+    threads: int | None = None,
+    checks: bool = True,
+    max_warp_instructions: int | None = None,
+    torch_cuda: bool = False,
+) -> Device:
+    """An emulated GPU, to be entered with `with`.
+
+    arch: "sm_90a" or "sm_100a". order: when asynchronous work completes and which warp runs first: "eager", "late"
+    (as late as anything allows) or "random" (by `seed`). sms: the number of multiprocessors that persistent kernels
+    see; a small one gives each CTA many tiles. threads: of the host (all of them by default); independent clusters
+    run in parallel. checks: races, uninitialised reads and data in flight are reported; bounds always are.
+    max_warp_instructions: of one launch, no limit by default. torch_cuda: torch's "cuda" device is this one, too.
+    Raises UnknownArch, ValueError; on entering also UnsupportedVersion, BuildError, AlreadyEntered.
+    """
+    return Device(
+        arch,
+        order=order,
+        seed=seed,
+        sms=sms,
+        threads=threads,
+        checks=checks,
+        max_warp_instructions=max_warp_instructions,
+        torch_cuda=torch_cuda,
+    )
+
+
+def register(cubin: bytes, ptx: str) -> None:
+    """Tells the emulator the PTX of a cubin that was compiled elsewhere (for kernels from a disk cache).
+
+    The same cubin again replaces its PTX, also for functions that are loaded already.
+    """
+    from cute_sparse.emulator.devices import load_core
+
+    load_core().add_program(cubin, ptx)

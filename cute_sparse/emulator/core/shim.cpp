@@ -1,6 +1,7 @@
-// The CUDA runtime as CuTe-DSL's host code sees it. JIT-ed host code looks these names up in this library before
-// it looks in libcute_dsl_runtime.so, against which this library is linked; what is not defined here is found there.
-// Signatures are those of the CUDA runtime functions of the same name without the underscore.
+// The CUDA runtime as CuTe-DSL's host code sees it. That code calls _cudaLaunchKernelEx and so on; before it is
+// linked, host_code.py renames those that are defined here ("cuda" to "emul", "cu" to "em"), so that it does not
+// matter which library the process has loaded first. The rest is libcute_dsl_runtime.so's.
+// Signatures are those of the CUDA functions of the same name without the underscore.
 #include <cstring>
 
 #include "session.h"
@@ -9,10 +10,10 @@ using emu::Session;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int _cudaGetDevice(int* device) { *device = 0; return emu::CUDA_SUCCESS_CODE; }
-EXPORT int _cudaGetDeviceCount(int* count) { *count = 1; return emu::CUDA_SUCCESS_CODE; }
+EXPORT int _emulGetDevice(int* device) { *device = 0; return emu::CUDA_SUCCESS_CODE; }
+EXPORT int _emulGetDeviceCount(int* count) { *count = 1; return emu::CUDA_SUCCESS_CODE; }
 
-EXPORT int _cudaSetDevice(int device) {
+EXPORT int _emulSetDevice(int device) {
   return Session::get().guarded([&] {
     if (device != 0)
       throw emu::EmulatorError(emu::ErrorKind::bad_launch,
@@ -20,24 +21,24 @@ EXPORT int _cudaSetDevice(int device) {
   });
 }
 
-EXPORT int _cudaDeviceGetAttribute(int* value, int attribute, int) {
+EXPORT int _emulDeviceGetAttribute(int* value, int attribute, int) {
   return Session::get().guarded([&] { *value = Session::get().device_attribute(attribute); });
 }
 
-EXPORT int _cudaLibraryLoadData(void** library, const void* image, void*, void*, unsigned, void*, void*, unsigned) {
+EXPORT int _emulLibraryLoadData(void** library, const void* image, void*, void*, unsigned, void*, void*, unsigned) {
   return Session::get().guarded([&] { *library = Session::get().load_library(image); });
 }
 
-EXPORT int _cudaLibraryGetKernel(void** kernel, void* library, const char* name) {
+EXPORT int _emulLibraryGetKernel(void** kernel, void* library, const char* name) {
   return Session::get().guarded(
       [&] { *kernel = Session::get().find_kernel(static_cast<emu::Library*>(library), name); });
 }
 
-EXPORT int _cudaLibraryUnload(void* library) {
+EXPORT int _emulLibraryUnload(void* library) {
   return Session::get().guarded([&] { Session::get().unload_library(static_cast<emu::Library*>(library)); });
 }
 
-EXPORT int _cuKernelGetAttribute(int* value, int attribute, void* kernel, int) {
+EXPORT int _emKernelGetAttribute(int* value, int attribute, void* kernel, int) {
   constexpr int SHARED_SIZE_BYTES = 1, MAX_THREADS_PER_BLOCK = 0;  // CUfunction_attribute
   return Session::get().guarded([&] {
     auto& k = *static_cast<emu::Kernel*>(kernel);
@@ -60,22 +61,22 @@ static int set_kernel_attribute(void* kernel, int attribute, int value) {
                                "kernel attribute " + std::to_string(attribute) + " is not modelled (8, 9 and 14 are)");
   });
 }
-EXPORT int _cudaFuncSetAttribute(void* kernel, int attribute, int value) {
+EXPORT int _emulFuncSetAttribute(void* kernel, int attribute, int value) {
   return set_kernel_attribute(kernel, attribute, value);
 }
-EXPORT int _cudaKernelSetAttributeForDevice(void* kernel, int attribute, int value, int) {
+EXPORT int _emulKernelSetAttributeForDevice(void* kernel, int attribute, int value, int) {
   return set_kernel_attribute(kernel, attribute, value);
 }
 
 // A launch runs to its end before the call returns: every stream is then in order, and nothing is left to wait for.
-EXPORT int _cudaLaunchKernelEx(const emu::CudaLaunchConfig* config, void* kernel, void** arguments) {
+EXPORT int _emulLaunchKernelEx(const emu::CudaLaunchConfig* config, void* kernel, void** arguments) {
   return Session::get().guarded(
       [&] { Session::get().launch(*config, *static_cast<emu::Kernel*>(kernel), arguments); });
 }
-EXPORT int _cudaStreamSynchronize(void*) { return emu::CUDA_SUCCESS_CODE; }
-EXPORT int _cudaDeviceSynchronize() { return emu::CUDA_SUCCESS_CODE; }
+EXPORT int _emulStreamSynchronize(void*) { return emu::CUDA_SUCCESS_CODE; }
+EXPORT int _emulDeviceSynchronize() { return emu::CUDA_SUCCESS_CODE; }
 
-EXPORT int _cudaMemsetAsync(void* address, int value, size_t bytes, void*) {
+EXPORT int _emulMemsetAsync(void* address, int value, size_t bytes, void*) {
   return Session::get().guarded([&] {
     auto& memory = Session::get().device.memory;
     if (bytes && !memory.find(uint64_t(address), bytes))
@@ -87,7 +88,7 @@ EXPORT int _cudaMemsetAsync(void* address, int value, size_t bytes, void*) {
 
 // TVM-FFI functions load their library on the first call: `init` loads it, `load_to_device` resolves its kernels,
 // `report(kind, message)` raises in the caller.
-EXPORT int cuda_dialect_init_library_once(void** slot, int (*init)(void**), int (*load_to_device)(void**, int),
+EXPORT int emul_dialect_init_library_once(void** slot, int (*init)(void**), int (*load_to_device)(void**, int),
                                           void (*report)(char*, char*)) {
   static std::recursive_mutex once;
   std::lock_guard<std::recursive_mutex> lock(once);
@@ -102,4 +103,10 @@ EXPORT int cuda_dialect_init_library_once(void** slot, int (*init)(void**), int 
   }
   *slot = library;
   return 0;
+}
+
+EXPORT void emul_dialect_unload_library_once(void** slot) {
+  void* library = nullptr;
+  std::swap(library, *slot);
+  if (library) _emulLibraryUnload(library);
 }

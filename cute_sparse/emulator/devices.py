@@ -1,0 +1,157 @@
+"""The emulated device: entering it, its memory, its launches."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cute_sparse.emulator import errors
+from cute_sparse.emulator.counts import Launch, launch_from_core
+from cute_sparse.emulator.library import ORDERS, Core
+
+if TYPE_CHECKING:
+    import torch
+
+    from cute_sparse.emulator.memory import Registry
+
+ARCHES = {"sm_90a": (9, 0), "sm_100a": (10, 0)}  # compute capability
+
+_entered: Device | None = None
+_entering = threading.Lock()
+_core: Core | None = None
+
+
+class Device:
+    """An emulated GPU: a context manager, made by `emulator.device`.
+
+    Inside it, CuTe-DSL compiles for `arch`, takes CPU tensors for device tensors and launches into the emulator.
+    launches: what ran so far. memory: what kernels may access. All attributes stay readable behind the `with` block.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        *,
+        order: str = "eager",
+        seed: int = 0,
+        sms: int = 4,
+        threads: int | None = None,
+        checks: bool = True,
+        max_warp_instructions: int | None = None,
+        torch_cuda: bool = False,
+    ):
+        if arch not in ARCHES:
+            raise errors.UnknownArch(f"{arch=} is not emulated; these are: {', '.join(ARCHES)}")
+        if order not in ORDERS:
+            raise ValueError(f"{order=} must be one of {', '.join(ORDERS)}")
+        if sms < 1:
+            raise ValueError(f"{sms=} must be at least 1")
+        if threads is not None and threads < 1:
+            raise ValueError(f"{threads=} must be at least 1")
+        if max_warp_instructions is not None and max_warp_instructions < 1:
+            raise ValueError(f"{max_warp_instructions=} must be at least 1")
+        self.arch, self.order, self.seed, self.sms = arch, order, seed, sms
+        self.threads = threads if threads is not None else os.cpu_count() or 1
+        self.checks, self.max_warp_instructions, self.torch_cuda = checks, max_warp_instructions, torch_cuda
+        self.capability = ARCHES[arch]
+        self._launches: list[Launch] = []
+
+    core: Core
+    memory: Registry
+    dump_directory: Path  # where the compiler leaves PTX and cubin for a moment
+
+    def __enter__(self) -> Device:
+        global _entered
+        from cute_sparse.emulator import hooks
+
+        with _entering:
+            if _entered is not None:
+                raise errors.AlreadyEntered(f"an emulated {_entered.arch} is entered already: leave it first")
+            from cute_sparse.emulator.memory import Registry
+
+            self.core = load_core()
+            self.memory = Registry(self.core)
+            self._launches = []
+            self._temporary = tempfile.TemporaryDirectory(prefix="cute_sparse_emulator_")
+            self.dump_directory = Path(self._temporary.name)
+            self._patches = hooks.Patches()
+            try:
+                self.core.enter(
+                    self.arch, self.sms, self.order, self.seed, self.threads, self.checks,
+                    self.max_warp_instructions or 0,
+                )  # fmt: skip
+                hooks.install(self, self._patches)
+                if self.torch_cuda:
+                    from cute_sparse.emulator import torch_cuda
+
+                    torch_cuda.install(self, self._patches)
+            except BaseException:
+                self._leave()
+                raise
+            _entered = self
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        global _entered
+        with _entering:
+            self._collect()
+            self._leave()
+            _entered = None
+
+    def _leave(self) -> None:
+        self._patches.restore()
+        self.memory.clear()
+        self.core.leave()
+        self._temporary.cleanup()
+
+    @property
+    def launches(self) -> list[Launch]:
+        """Every launch since the device was entered, oldest first."""
+        if _entered is self:
+            self._collect()
+        return list(self._launches)
+
+    def _collect(self) -> None:
+        for index in range(len(self._launches), self.core.launch_count()):
+            self._launches.append(launch_from_core(self.core.launch(index)))
+
+    def register(self, tensor: torch.Tensor, name: str | None = None) -> None:
+        """Lets kernels access a CPU tensor's storage; `name` stands for it in error messages.
+
+        Tensors that are passed to a kernel, and those whose data_ptr() is taken inside the device, are registered
+        without this. Raises WrongDevice for a tensor that is not on the CPU.
+        """
+        self.memory.add(tensor, name)
+
+    def raise_pending(self) -> None:
+        """Raises the error that the core has left for this thread, if any.
+
+        Called behind every emulated function; a program that reaches the core by another way calls it itself.
+        """
+        error = self.core.take_error()
+        if error is not None:
+            raise error from None
+
+
+def load_core() -> Core:
+    """Builds the core if need be, and loads it."""
+    global _core
+    if _core is None:
+        from cute_sparse.emulator import build, hooks, library
+
+        hooks.require_dsl()
+        _core = library.load(build.build(hooks.DSL_VERSION))
+    return _core
+
+
+def loaded_core() -> Core | None:
+    """The core, if anything has loaded it."""
+    return _core
+
+
+def entered() -> Device | None:
+    """The device that is entered now, or None."""
+    return _entered
