@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import os
 import threading
@@ -27,16 +28,16 @@ def launcher(
     arch: str,
     compile: Callable,
     operands: Sequence[Operand],
-    emulator_device: object | None = None,
+    emulated: bool = False,
 ) -> Launcher:
-    """The launcher of `compile(problem, config)` for `arch`, loaded for CUDA or for an emulated device."""
-    key = (problem, config, arch, compile, emulator_device)
+    """The launcher of `compile(problem, config)` for `arch`, loaded for CUDA or for the emulator that is entered."""
+    key = (problem, config, arch, compile, emulated)
     found = _launchers.get(key)
     if found is None:
         with _compiling:
             found = _launchers.get(key)
             if found is None:
-                function = _from_disk_or_compiler(problem, config, arch, compile, emulator_device)
+                function = _from_disk_or_compiler(problem, config, arch, compile, emulated)
                 found = _launchers[key] = Launcher(function, operands)
     return found
 
@@ -45,31 +46,25 @@ def compile_to_disk(problem: Problem, config: object, arch: str, compile: Callab
     """Have the disk cache hold the function; it is not loaded, so no device is needed."""
     if cache.directory() is None:
         raise RuntimeError("the disk cache is off or unusable; compiling ahead for another process needs it")
-    _from_disk_or_compiler(problem, config, arch, compile, None)
+    _from_disk_or_compiler(problem, config, arch, compile, emulated=False)
 
 
-def forget(emulator_device: object) -> None:
-    """Drop the launchers of an emulated device that is no more."""
-    for key in [key for key in _launchers if key[-1] is emulator_device]:
-        del _launchers[key]
-
-
-def _from_disk_or_compiler(problem: Problem, config: object, arch: str, compile: Callable, emulator_device):
+def _from_disk_or_compiler(problem: Problem, config: object, arch: str, compile: Callable, emulated: bool):
     folder = cache.directory()
     if folder is None:
         return _compile(problem, config, arch, compile)
     name = cache.key(
-        problem, config, arch, importlib.metadata.version(DSL), _compiler_variables(), emulator_device is not None
+        problem, config, arch, importlib.metadata.version(DSL), _compiler_variables(), emulated
     )
     path = folder / f"{problem.kind}-{arch}-{name[:32]}.o"
-    function = _load(path, name, emulator_device)
+    function = _load(path, name, emulated)
     if function is not None:
         return function
     with cache.one_compiler(path):
-        function = _load(path, name, emulator_device)  # another process may have compiled it meanwhile
+        function = _load(path, name, emulated)  # another process may have compiled it meanwhile
         if function is None:
             function = _compile(problem, config, arch, compile)
-            cache.write(path, _entry(function, name, emulator_device))
+            cache.write(path, _entry(function, name, emulated))
     return function
 
 
@@ -100,22 +95,22 @@ def _compiling_for(arch: str) -> Iterator[None]:
         variables.arch = before
 
 
-def _entry(function, name: str, emulator_device) -> cache.Entry:
+def _entry(function, name: str, emulated: bool) -> cache.Entry:
     exported = function.dump_to_object(_symbol(name))
-    if emulator_device is None:
+    if not emulated:
         return cache.Entry(exported, b"", "")
     return cache.Entry(exported, function.__cubin__, function.__ptx__)
 
 
-def _load(path, name: str, emulator_device):
+def _load(path, name: str, emulated: bool):
     """The function in the file at `path`, or None where there is none that can be used."""
     entry = cache.read(path)
     if entry is None:
         return None
     import cutlass.cute as cute
 
-    if emulator_device is not None:
-        emulator_device.register_program(entry.cubin, entry.ptx)
+    if emulated:
+        importlib.import_module("cute_sparse.emulator").register(entry.cubin, entry.ptx)
     try:
         return getattr(cute.runtime.load_module(str(path)), _symbol(name))
     except Exception as error:  # whatever the DSL's loader finds wrong, compiling anew mends it

@@ -30,6 +30,7 @@ ROOM_OF_ARCH = {
     "sm_100a": "cute_sparse.kernels.blackwell",
     "sm_103a": "cute_sparse.kernels.blackwell",
 }
+CHOOSE_OPTIONS = {"sm_103a": {"arch": "sm_103a"}}  # for the room that serves two architectures
 PLANS_MAX = 4096  # then all are forgotten; a server's shapes repeat
 
 PREFILL_POINTERS = tuple(operand.name for operand in PREFILL if operand.type == "pointer")
@@ -226,7 +227,7 @@ def _prefill_constants(plan: KernelPlan, q, k, v, out) -> tuple[int | float, ...
 class GpuTarget:
     """One CUDA device; launches go to PyTorch's current stream of it."""
 
-    session = None  # code is loaded once, for all devices
+    emulated = False
 
     def __init__(self, index: int, arch: str) -> None:
         self.index, self.arch = index, arch
@@ -250,17 +251,21 @@ class GpuTarget:
 class EmulatedTarget:
     """The emulated device; one stream, CPU tensors."""
 
+    emulated = True
+
     def __init__(self, arch: str, device) -> None:
         self.arch, self.device = arch, device
-        self.session = device
         self._counters = WorkCounters(torch.device("cpu"))
 
-    def ready(self, tensors) -> contextlib.AbstractContextManager:
-        names = (*PREFILL_POINTERS[:-1], PREFILL_POINTERS[-1])
-        for name, tensor in zip(names, (*tensors, self._counters.memory), strict=True):
+    @contextlib.contextmanager
+    def ready(self, tensors) -> Iterator[None]:
+        for name, tensor in zip(PREFILL_POINTERS, (*tensors, self._counters.memory), strict=True):
             if tensor is not None:
                 self.device.register(tensor, name)
-        return _NOTHING
+        try:
+            yield
+        finally:
+            self.device.raise_pending()  # what the emulator found wrong, rather than its error code
 
     def stream(self) -> int:
         return 0
@@ -335,8 +340,6 @@ def emulated(arch: str, **options) -> Iterator:
     options  of `cute_sparse.emulator.device`: order, seed, sms and so on
     """
     global _emulation
-    if arch not in ROOM_OF_ARCH:
-        raise ValueError(f"{arch=} must be one of {', '.join(ROOM_OF_ARCH)}")
     emulator = importlib.import_module("cute_sparse.emulator")
     before = _emulation
     with emulator.device(arch, **options) as device:
@@ -371,14 +374,14 @@ class Kernel(NamedTuple):
 def compiled_prefill(problem: Problem, target: Target) -> Kernel:
     """The prefill kernel of the target's architecture for `problem`: from memory, from disk, or compiled now."""
     config, compile = _chosen_prefill(problem, target.arch)
-    return Kernel(config, compiled.launcher(problem, config, target.arch, compile, PREFILL, target.session))
+    return Kernel(config, compiled.launcher(problem, config, target.arch, compile, PREFILL, target.emulated))
 
 
 def _chosen_prefill(problem: Problem, arch: str) -> tuple[object, Callable]:
     """(config, compile function) for `problem`, or UnsupportedProblem."""
     prefill = importlib.import_module(f"{ROOM_OF_ARCH[arch]}.prefill")
     check_supported(problem, prefill.SUPPORTS, arch)
-    config = importlib.import_module(f"{ROOM_OF_ARCH[arch]}.config").choose(problem)
+    config = importlib.import_module(f"{ROOM_OF_ARCH[arch]}.config").choose(problem, **CHOOSE_OPTIONS.get(arch, {}))
     return config, prefill.compile
 
 
