@@ -50,6 +50,9 @@ struct WarpOrder {
   Clock fenced;                // published by a later .relaxed arrival: what a fence has released
   Clock unfenced;              // learnt by .relaxed waits; a later fence turns it into knowledge
   ActorId inits = 0;           // mbarrier.init by this warp is an actor of its own: fence.mbarrier_init covers it alone
+  uint32_t cluster_arrived = 0;   // lanes that have arrived in the forming generation of the cluster barrier
+  uint32_t cluster_unwaited = 0;  // lanes that have arrived and not yet waited
+  uint64_t cluster_generation = 0;  // the generation that their arrival belongs to
   uint32_t converged = 0;      // the warp's epoch up to which bar.warp.sync or a CTA barrier has joined its lanes
 };
 

@@ -65,6 +65,8 @@ Access access_by(Warp& warp, ActorId actor, uint32_t epoch, Proxy proxy, bool wr
 }
 
 Access generic_access(Warp& warp, bool write, bool atomic, int lane) {
+  const bool one_lane = (warp.mask & (warp.mask - 1)) == 0;
+  if (lane < 0 && one_lane) lane = int(warp.first_lane());
   return access_by(warp, warp.actor, warp.clock.at(warp.actor), Proxy::generic, write, atomic, lane);
 }
 
@@ -244,6 +246,20 @@ void acquire(Warp& warp, const Clock& clock) { warp.clock.join(clock); }
 
 void converge(Warp& warp) {
   warp.order.converged = warp.clock.at(warp.actor);
+  next_epoch(warp);
+}
+
+void fence_proxy(Warp& warp) {
+  Clock& clock = warp.clock;
+  const ActorId actor = warp.actor;
+  const uint32_t epoch = clock.at(actor), before = clock.proxied_at(actor);
+  clock.fence_proxy_async();
+  if ((warp.mask & warp.live) != warp.live) {
+    clock.proxied[actor] = std::max(before, std::min(epoch, warp.order.converged));
+    auto superseded = [&](const LaneKnowledge& k) { return k.actor == actor && k.lanes == warp.mask; };
+    clock.partial.erase(std::remove_if(clock.partial.begin(), clock.partial.end(), superseded), clock.partial.end());
+    clock.partial.push_back({actor, warp.mask, 0, epoch});
+  }
   next_epoch(warp);
 }
 

@@ -43,6 +43,8 @@ void release_into(Warp& warp, Clock& target);
 void acquire(Warp& warp, const Clock& clock);
 // The executing lanes' earlier accesses and those of the rest of the warp are ordered from here on (bar.warp.sync).
 void converge(Warp& warp);
+// fence.proxy.async by the executing lanes.
+void fence_proxy(Warp& warp);
 
 // Synchronisation through a global or shared location (generic address): what a store, red or atom with .release
 // publishes there, a load or atom with .acquire learns. `relaxed`: only what an earlier fence has released, or what a
