@@ -405,4 +405,64 @@ void multiply_fragment(uint32_t n, uint32_t k, const float* a_pairs, const float
   }
 }
 
+// ---------------------------------------------------------------------------------------------------------
+// Fragments in registers
+
+constexpr uint32_t FRAGMENT_LANES = 32;
+
+template <Format format>
+static inline float register_element(uint32_t word, uint32_t element) {
+  constexpr uint32_t bits = 8 * format_bytes(format);
+  if constexpr (bits == 32) return to_float(format, word);
+  else return to_float(format, word >> (bits * element) & ((1u << bits) - 1));
+}
+
+void unpack_a_fragment(const uint32_t* const* registers, uint32_t count, Format format, uint32_t k, float* out) {
+  with_format(format, [&](auto constant) {
+    constexpr Format F = constant();
+    constexpr uint32_t per = 4 / format_bytes(F);
+    for (uint32_t r = 0; r < count; ++r)
+      for (uint32_t lane = 0; lane < FRAGMENT_LANES; ++lane) {
+        float* row = out + (lane / 4 + 8 * (r % 2)) * k + per * (lane % 4) + 4 * per * (r / 2);
+        for (uint32_t e = 0; e < per; ++e) row[e] = register_element<F>(registers[r][lane], e);
+      }
+  });
+}
+
+void unpack_b_fragment(const uint32_t* const* registers, uint32_t count, Format format, float* out) {
+  with_format(format, [&](auto constant) {
+    constexpr Format F = constant();
+    constexpr uint32_t per = 4 / format_bytes(F);
+    for (uint32_t r = 0; r < count; ++r)
+      for (uint32_t lane = 0; lane < FRAGMENT_LANES; ++lane) {
+        const uint32_t column = lane / 4, place = column % 2 * 4 + column / 2;
+        for (uint32_t e = 0; e < per; ++e)
+          out[(per * (lane % 4) + 4 * per * r + e) * 8 + place] = register_element<F>(registers[r][lane], e);
+      }
+  });
+}
+
+void load_half_accumulators(const uint32_t* const* registers, uint32_t count, float* floats) {
+  for (uint32_t r = 0; r < count; ++r, floats += 2 * FRAGMENT_LANES)
+    for (uint32_t lane = 0; lane < FRAGMENT_LANES; ++lane) {
+      floats[lane] = f16_to_float(uint16_t(registers[r][lane]));
+      floats[FRAGMENT_LANES + lane] = f16_to_float(uint16_t(registers[r][lane] >> 16));
+    }
+}
+
+void store_half_accumulators(const float* floats, uint32_t count, uint32_t* const* registers) {
+  for (uint32_t r = 0; r < count; ++r, floats += 2 * FRAGMENT_LANES)
+    for (uint32_t lane = 0; lane < FRAGMENT_LANES; ++lane)
+      registers[r][lane] = float_to_f16(floats[lane]) | uint32_t(float_to_f16(floats[FRAGMENT_LANES + lane])) << 16;
+}
+
+bool mma_format(const std::string& type, Format& format) {
+  for (Format known : {Format::bf16, Format::f16, Format::tf32, Format::e4m3, Format::e5m2})
+    if (type == format_name(known)) {
+      format = known;
+      return true;
+    }
+  return false;
+}
+
 }  // namespace emu

@@ -152,4 +152,20 @@ void multiply_fragment(uint32_t n, uint32_t k, const float* a_pairs, const float
 // and the odd row's four times: out[((half * k_count + k) * 4 + pair) * 8]. Values are multiplied by `sign`.
 void pack_row_pairs(const float* a, uint32_t lda, uint32_t k, float sign, float* out);
 
+// Fragments of one warp (PTX ISA 9.7.14.5, 9.7.15.5.1.1). registers[r] points at register r's 32 lanes; a register
+// holds `per` elements, those of 32 bits.
+//   A: register r of lane l: row l / 4 + 8 * (r % 2), k from per * (l % 4) + 4 * per * (r / 2) on -> out[row * k + k']
+//   B: register r of lane l: column l / 4, k from per * (l % 4) + 4 * per * r on -> out[k' * 8 + column], the
+//      columns in even_odd order
+void unpack_a_fragment(const uint32_t* const* registers, uint32_t count, Format format, uint32_t k, float* out);
+void unpack_b_fragment(const uint32_t* const* registers, uint32_t count, Format format, float* out);
+
+// Accumulators of two f16 each: register 2j + h holds what f32 registers 4j + 2h (low half) and 4j + 2h + 1 would.
+// floats: 32 lanes for each f32 register.
+void load_half_accumulators(const uint32_t* const* registers, uint32_t count, float* floats);
+void store_half_accumulators(const float* floats, uint32_t count, uint32_t* const* registers);
+
+// The floating-point operand types of MMA instructions by their PTX names: bf16, f16, tf32, e4m3, e5m2.
+bool mma_format(const std::string& type, Format& format);
+
 }  // namespace emu

@@ -38,16 +38,6 @@ struct Mma {
   uint32_t shape() const { return n << 1 | half_accumulators; }               // what "the same shape" compares
 };
 
-bool element_format(const std::string& type, Format& format) {
-  if (type == "bf16") format = Format::bf16;
-  else if (type == "f16") format = Format::f16;
-  else if (type == "tf32") format = Format::tf32;
-  else if (type == "e4m3") format = Format::e4m3;
-  else if (type == "e5m2") format = Format::e5m2;
-  else return false;
-  return true;
-}
-
 bool eight_bits(Format format) { return format_bytes(format) == 1; }
 
 // ".m64n128k16" -> n and k.
@@ -60,7 +50,7 @@ bool parse_shape(const std::string& text, Mma& mma) {
 // The combinations of types and K of PTX ISA 9.7.15.2, without the integer and single-bit ones.
 bool parse_types(const Statement& s, Mma& mma) {
   const std::string& d = s.modifiers[5];
-  if (!element_format(s.modifiers[6], mma.a) || !element_format(s.modifiers[7], mma.b)) return false;
+  if (!mma_format(s.modifiers[6], mma.a) || !mma_format(s.modifiers[7], mma.b)) return false;
   if (d != "f32" && d != "f16") return false;
   mma.half_accumulators = d == "f16";
   if (mma.a != mma.b && !(eight_bits(mma.a) && eight_bits(mma.b))) return false;
@@ -142,39 +132,6 @@ const Mma& mma_of(const Instr& i) { return *static_cast<const Mma*>(i.detail); }
 // ---------------------------------------------------------------------------------------------------------
 // The effect
 
-// A fragment of A in registers (PTX ISA 9.7.15.5.1.1): register r of lane l holds `per` consecutive k of row
-// l / 4 + 8 * (r % 2), from k = per * (l % 4) + 4 * per * (r / 2) on, per being the elements of 32 bits.
-void unpack_a_registers(Warp& warp, const uint32_t* slots, Format format, uint32_t k, float* out) {
-  const uint32_t bytes = format_bytes(format), per = 4 / bytes;
-  const uint32_t element_mask = bytes == 4 ? ~0u : (1u << 8 * bytes) - 1;
-  for (uint32_t r = 0; r < 4; ++r) {
-    const uint32_t* words = warp.u32(slots[r]);
-    for (uint32_t lane = 0; lane < LANES; ++lane)
-      for (uint32_t e = 0; e < per; ++e) {
-        const uint32_t row = lane / 4 + 8 * (r % 2), column = per * (lane % 4) + 4 * per * (r / 2) + e;
-        out[row * k + column] = to_float(format, words[lane] >> (8 * bytes * e) & element_mask);
-      }
-  }
-}
-
-// Half accumulators: register 2j + h of lane l holds columns 8j + 2 * (l % 4) and the next of row l / 4 + 8h, that is
-// single-precision registers 4j + 2h and 4j + 2h + 1.
-void load_half_accumulators(Warp& warp, const uint32_t* slots, uint32_t count, float* registers) {
-  for (uint32_t r = 0; r < count; ++r)
-    for (uint32_t lane = 0; lane < LANES; ++lane) {
-      const uint32_t word = warp.u32(slots[r])[lane];
-      registers[2 * r * LANES + lane] = f16_to_float(uint16_t(word));
-      registers[(2 * r + 1) * LANES + lane] = f16_to_float(uint16_t(word >> 16));
-    }
-}
-
-void store_half_accumulators(Warp& warp, const uint32_t* slots, uint32_t count, const float* registers) {
-  for (uint32_t r = 0; r < count; ++r)
-    for (uint32_t lane = 0; lane < LANES; ++lane)
-      warp.u32(slots[r])[lane] = float_to_f16(registers[2 * r * LANES + lane]) |
-                                 uint32_t(float_to_f16(registers[(2 * r + 1) * LANES + lane])) << 16;
-}
-
 struct MmaOp : AsyncOp {
   Warp& warp;
   const Instr& instr;
@@ -191,18 +148,28 @@ struct MmaOp : AsyncOp {
     const uint32_t* slots = accumulator_slots(warp, instr);
     const uint8_t* shared = warp.cta->shared.data();
     alignas(32) float a_rows[WARP_ROWS * MAX_K], a_pairs[WARP_ROWS * MAX_K * 4], b_columns[MAX_N * MAX_K];
-    if (mma.a_in_registers) unpack_a_registers(warp, slots + mma.accumulators(), mma.a, mma.k, a_rows);
-    else unpack_rows(shared, a, *a_map, warp.index % WARPS * WARP_ROWS, WARP_ROWS, a_rows, mma.k);
+    uint32_t* registers[MAX_N / 2 + 4];  // accumulators, then A
+    for (uint32_t r = 0; r < instr.n_list; ++r) registers[r] = warp.u32(slots[r]);
+    if (mma.a_in_registers)
+      unpack_a_fragment(registers + mma.accumulators(), 4, mma.a, mma.k, a_rows);
+    else
+      unpack_rows(shared, a, *a_map, warp.index % WARPS * WARP_ROWS, WARP_ROWS, a_rows, mma.k);
     pack_row_pairs(a_rows, mma.k, mma.k, mma.sign, a_pairs);
     unpack_columns(shared, b, b_map, 0, mma.n, b_columns, mma.n, Columns::even_odd);
 
-    alignas(32) float halves[MAX_N / 2 * LANES];
-    float* registers[MAX_N / 2];
-    for (uint32_t r = 0; r < mma.n / 2; ++r)
-      registers[r] = mma.half_accumulators ? halves + r * LANES : warp.f32(slots[r]);
-    if (mma.half_accumulators && accumulate) load_half_accumulators(warp, slots, mma.accumulators(), halves);
-    multiply_fragment(mma.n, mma.k, a_pairs, b_columns, registers, accumulate);
-    if (mma.half_accumulators) store_half_accumulators(warp, slots, mma.accumulators(), halves);
+    float* sums[MAX_N / 2];
+    if (mma.half_accumulators) return multiply_halves(a_pairs, b_columns, registers, sums);
+    for (uint32_t r = 0; r < mma.n / 2; ++r) sums[r] = reinterpret_cast<float*>(registers[r]);
+    multiply_fragment(mma.n, mma.k, a_pairs, b_columns, sums, accumulate);
+  }
+
+  void multiply_halves(const float* a_pairs, const float* b_columns, uint32_t* const* halves, float** sums) {
+    const Mma& mma = mma_of(instr);
+    alignas(32) float storage[MAX_N / 2 * LANES];
+    for (uint32_t r = 0; r < mma.n / 2; ++r) sums[r] = storage + r * LANES;
+    if (accumulate) load_half_accumulators(halves, mma.n / 4, storage);
+    multiply_fragment(mma.n, mma.k, a_pairs, b_columns, sums, accumulate);
+    store_half_accumulators(storage, mma.n / 4, halves);
   }
 };
 
@@ -239,11 +206,11 @@ SharedOperand shared_operand(Warp& warp, uint32_t slot, Format format, bool mn_m
 }
 
 void check_bounds(Warp& warp, const ChunkMap& map, const char* name) {
-  const uint64_t limit = std::min<uint64_t>(warp.cta->shared.size(), Footprint::LIMIT);
+  const uint64_t limit = std::min(SHARED_BASE + warp.cta->shared_bytes, Footprint::LIMIT);
   if (map.begin() < SHARED_BASE || map.end() > limit)
     warp.fail(ErrorKind::out_of_bounds, std::string("operand ") + name + " occupies shared memory from " +
                                             hex(map.begin()) + " to " + hex(map.end()) + "; the CTA's is from " +
-                                            hex(SHARED_BASE) + " to " + hex(warp.cta->shared.size()));
+                                            hex(SHARED_BASE) + " to " + hex(limit));
 }
 
 bool uniform_predicate(Warp& warp, uint32_t slot) {
