@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cute_sparse.emulator import errors, memory
-from cute_sparse.emulator.host_code import HostCodeEngine, engine_class
+from cute_sparse.emulator.host_code import engine_class, redirect_engine
 
 if TYPE_CHECKING:
     from cute_sparse.emulator.devices import Device
@@ -136,12 +136,13 @@ def _host_code(device: Device, patches: Patches) -> None:
     from cutlass.base_dsl.compiler import Compiler
     from cutlass.base_dsl.export.external_binary_module import ExternalBinaryModule
 
-    construct = engine_class(_execution_engine.BinaryExecutionEngine, str(device.core.path))
+    def jit(compiler: Compiler, *args: Any, **kwargs: Any) -> Any:
+        engine = make_engine(compiler, *args, **kwargs)
+        redirect_engine(engine, device.core.path)
+        return engine
 
-    def jit(compiler: Compiler, module: Any, opt_level: int = 2, shared_libs: Sequence[str] = ()) -> HostCodeEngine:
-        return HostCodeEngine(module, construct, shared_libs)
-
-    patches.set(Compiler, "jit", jit)
+    make_engine = patches.set(Compiler, "jit", jit)
+    construct = engine_class(_execution_engine.BinaryExecutionEngine, device.core.path)
     patches.set(_execution_engine, "BinaryExecutionEngine", construct)
     patches.set(ExternalBinaryModule.load_provider, "execution_engine_constructor", construct)
 
