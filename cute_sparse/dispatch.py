@@ -55,7 +55,7 @@ def plan_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options)
     """The plan for a prefill call; `options` are those of `inputs.check_attention`. Raises what that raises."""
     try:
         key = (
-            _identity(q), _identity(k), _identity(v), torch.is_grad_enabled(), _emulation, *options,
+            _identity(q), _identity(k), _identity(v), torch.is_grad_enabled(), _emulation,
             *[_identity(value) if isinstance(value, torch.Tensor) else value for value in options.values()],
         )  # fmt: skip
         plan = _plans.get(key)
@@ -147,52 +147,58 @@ class KernelPlan:
         kernel = compiled_prefill(request.problem, target)
         self.launcher = kernel.launcher
         self.geometry = kernel.config.geometry
+        self.out_shape, self.lse_shape = request.out_shape, request.lse_shape
+        self.counts_shape = (2, request.batch, request.heads_q)
         self.map_shape = (
             request.batch,
             request.heads_q,
             -(-request.seqlen_q // self.geometry.tile_rows),
             -(-request.seqlen_k // self.geometry.tile_n),
         )
+        self.return_lse, self.return_stats = request.problem.return_lse, request.problem.return_stats
         self.nothing_to_read = request.batch == 0 or request.total_k == 0 or request.seqlen_k == 0
-        self.nothing_to_write = 0 in request.out_shape or request.seqlen_q == 0
+        self.nothing_to_write = 0 in self.out_shape or request.seqlen_q == 0
+        self.values_are_near = request.device.type == "cpu"  # in the emulator
         self._constants: tuple[int | float, ...] | None = None
 
     def run(self, q, k, v, out, given_threshold, cu_seqlens_q, cu_seqlens_k) -> Result:
-        request, problem = self.request, self.request.problem
-        if request.device.type == "cpu":  # in the emulator
-            if isinstance(given_threshold, torch.Tensor):
-                threshold.check_values(given_threshold)
-            if problem.varlen:
-                _check_varlen_values(request, cu_seqlens_q, cu_seqlens_k)
+        threshold_tensor = given_threshold if isinstance(given_threshold, torch.Tensor) else None
+        if self.values_are_near:
+            self._check_values(threshold_tensor, cu_seqlens_q, cu_seqlens_k)
         if out is None:
-            out = q.new_empty(request.out_shape)
-        lse = q.new_empty(request.lse_shape, dtype=torch.float32) if problem.return_lse else None
+            out = q.new_empty(self.out_shape)
+        lse = q.new_empty(self.lse_shape, dtype=torch.float32) if self.return_lse else None
         tile_counts = skip_map = None
-        if problem.return_stats:
-            tile_counts = q.new_zeros((2, request.batch, request.heads_q), dtype=torch.int32)
+        if self.return_stats:
+            tile_counts = q.new_zeros(self.counts_shape, dtype=torch.int32)
             skip_map = q.new_zeros(self.map_shape, dtype=torch.uint8)
-        result = Result(out, lse, tile_counts, skip_map)
         if self.nothing_to_write:
-            return result
-        if self.nothing_to_read:
+            pass
+        elif self.nothing_to_read:
             out.zero_()
             if lse is not None:
                 lse.fill_(-torch.inf)
-            return result
-        given_threshold = given_threshold if isinstance(given_threshold, torch.Tensor) else None
-        tensors = (
-            q, k, v, out, lse, given_threshold, cu_seqlens_q, cu_seqlens_k, tile_counts, skip_map,
-        )  # fmt: skip
-        self._launch(tensors)
-        return result
+        else:
+            self._launch((
+                q, k, v, out, lse, threshold_tensor, cu_seqlens_q, cu_seqlens_k, tile_counts, skip_map,
+            ))  # fmt: skip
+        return Result(out, lse, tile_counts, skip_map)
+
+    def _check_values(self, threshold_tensor, cu_seqlens_q, cu_seqlens_k) -> None:
+        if threshold_tensor is not None:
+            threshold.check_values(threshold_tensor)
+        if cu_seqlens_q is not None:
+            _check_varlen_values(self.request, cu_seqlens_q, cu_seqlens_k)
 
     def _launch(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """Launch with the tensors of PREFILL's pointers, all but the last."""
         if self._constants is None:  # the same at every run: strides are part of what a plan is made for
             self._constants = _prefill_constants(self, *tensors[:4])
-        with self.target.ready(tensors):
-            stream = self.target.stream()
+        target = self.target
+        with target.ready(tensors):
+            stream = target.stream()
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-            self.launcher((*addresses, self.target.work_counter(stream), *self._constants), stream)
+            self.launcher((*addresses, target.work_counter(stream), *self._constants), stream)
 
 
 def _prefill_constants(plan: KernelPlan, q, k, v, out) -> tuple[int | float, ...]:

@@ -1,0 +1,379 @@
+"""The way from a call to a launch, without a GPU: the operands that arrive, what is refused, what is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import cute_sparse
+from cute_sparse import compiled, dispatch
+from cute_sparse.launch import Launcher, LaunchError
+from cute_sparse.operands import PREFILL
+from cute_sparse.problem import Problem, TileGeometry, UnsupportedProblem, check_supported, required
+
+C_TYPES = {"pointer": ctypes.c_uint64, "int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
+
+
+class FakeCompiled:
+    """Stands for what the DSL compiles: a C function of `void** args`, here one that notes what it is given."""
+
+    def __init__(self, result: int = 0) -> None:
+        self.calls: list[dict] = []
+        self.result = result
+        self.capi_func = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(self._entry)
+
+    def to(self, device):
+        return self
+
+    def _entry(self, arguments) -> int:
+        count = len(PREFILL) + 2
+        addresses = (ctypes.c_uint64 * count).from_address(arguments)
+        values = {}
+        for operand, address in zip(PREFILL, addresses, strict=False):
+            kind = C_TYPES[operand.type]
+            assert address % ctypes.sizeof(kind) == 0, "the generated code loads aligned values"
+            values[operand.name] = kind.from_address(address).value
+        values["stream"] = ctypes.c_uint64.from_address(addresses[-2]).value
+        ctypes.c_int32.from_address(addresses[-1]).value = self.result
+        self.calls.append(values)
+        return 0
+
+
+class FakeTarget:
+    """A device with one stream, 77, whose tensors are the CPU's."""
+
+    arch = "sm_90a"
+    emulated = False
+
+    def ready(self, tensors):
+        return contextlib.nullcontext()
+
+    def stream(self) -> int:
+        return 77
+
+    def work_counter(self, stream: int) -> int:
+        return 4096
+
+
+GEOMETRY = TileGeometry(tile_m=128, tile_rows=64, tile_n=96)
+
+
+@pytest.fixture
+def kernel(monkeypatch) -> FakeCompiled:
+    """Calls reach a fake kernel, with real plans, checks and launcher."""
+    fake = FakeCompiled()
+    launcher = Launcher(fake, PREFILL)
+    target = FakeTarget()
+    monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(dispatch, "_target", lambda device: target)
+    made = dispatch.Kernel(SimpleNamespace(geometry=GEOMETRY), launcher)
+    monkeypatch.setattr(dispatch, "compiled_prefill", lambda problem, target: made)
+    return fake
+
+
+def bf16(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+# ---- Operands ----
+
+
+def test_every_operand_arrives_as_itself(kernel):
+    q, k, v = bf16(2, 200, 6, 64), bf16(2, 300, 3, 64), bf16(2, 300, 3, 32)
+    got = cute_sparse.attention(
+        q, k, v, causal=True, window_size=(50, None), softcap=5.0, softmax_scale=0.3, threshold=0.25,
+        return_lse=True, return_stats=True,
+    )  # fmt: skip
+    (values,) = kernel.calls
+    scale = struct.unpack("f", struct.pack("f", 0.3))[0]
+    assert values == {
+        "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "out": got.out.data_ptr(), "lse": got.lse.data_ptr(),
+        "threshold": 0, "cu_seqlens_q": 0, "cu_seqlens_k": 0,
+        "tile_counts": got.stats.tile_counts.data_ptr(), "skip_map": got.stats.skip_map.data_ptr(),
+        "work_counter": 4096,
+        "batch": 2, "heads_q": 6, "heads_kv": 3, "seqlen_q": 200, "seqlen_k": 300, "total_q": 400, "total_k": 600,
+        "window_left": 50, "window_right": 0, "threshold_stride_batch": 0, "threshold_stride_head": 0,
+        "map_rows": 4, "map_cols": 4,
+        "q_stride_batch": 200 * 6 * 64, "q_stride_seq": 6 * 64, "q_stride_head": 64,
+        "k_stride_batch": 300 * 3 * 64, "k_stride_seq": 3 * 64, "k_stride_head": 64,
+        "v_stride_batch": 300 * 3 * 32, "v_stride_seq": 3 * 32, "v_stride_head": 32,
+        "out_stride_batch": 200 * 6 * 32, "out_stride_seq": 6 * 32, "out_stride_head": 32,
+        "softmax_scale": scale, "softcap": 5.0, "threshold_log2": -2.0, "stream": 77,
+    }  # fmt: skip
+    assert got.stats.skip_map.shape == (2, 6, 4, 4) and got.stats.geometry == GEOMETRY
+    assert (got.stats.skip_map == 0).all() and (got.stats.tile_counts == 0).all(), "the kernel adds to zeros"
+
+
+def test_what_is_not_asked_for_is_a_null_pointer(kernel):
+    q = bf16(1, 8, 2, 64)
+    cute_sparse.attention(q, q, q)
+    values = kernel.calls[0]
+    absent = ("lse", "threshold", "cu_seqlens_q", "cu_seqlens_k", "tile_counts", "skip_map")
+    assert [values[name] for name in absent] == [0] * 6
+    assert values["window_left"] == 8 and values["window_right"] == 8
+
+
+def test_packed_operands(kernel):
+    q, k = bf16(50, 4, 64), bf16(70, 2, 64)
+    cu_q, cu_k = (torch.tensor(values, dtype=torch.int32) for values in ([0, 20, 50], [0, 0, 70]))
+    out = bf16(50, 5, 72)[:, :4, :64]
+    cute_sparse.attention_varlen(
+        q, k, k, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=30, max_seqlen_k=99, out=out
+    )
+    values = kernel.calls[0]
+    expected = dict(
+        cu_seqlens_q=cu_q.data_ptr(), cu_seqlens_k=cu_k.data_ptr(), batch=2, seqlen_q=30, seqlen_k=99, total_q=50,
+        total_k=70, q_stride_batch=0, q_stride_seq=4 * 64, out_stride_batch=0, out_stride_seq=5 * 72,
+        out_stride_head=72, out=out.data_ptr(), map_rows=1, map_cols=2,
+    )  # fmt: skip
+    assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "shape, strides", {(2,): (1, 0), (4,): (0, 1), (2, 4): (4, 1), (2, 1): (1, 0), (1, 4): (0, 1)}.items(), ids=str
+)
+def test_a_threshold_tensor_goes_by_address_and_strides(kernel, shape, strides):
+    q = bf16(2, 8, 4, 64)
+    threshold = torch.full(shape, 0.5)
+    cute_sparse.attention(q, q, q, threshold=threshold)
+    values = kernel.calls[0]
+    assert values["threshold"] == threshold.data_ptr()
+    assert (values["threshold_stride_batch"], values["threshold_stride_head"]) == strides
+
+
+def test_the_same_plan_takes_the_tensors_of_each_call(kernel):
+    calls = []
+    for fill in (1, 2, 3):
+        q, k, v = bf16(1, 8, 2, 64) + fill, bf16(1, 9, 2, 64), bf16(1, 9, 2, 64)
+        threshold, out = torch.full((2,), 0.5), bf16(1, 8, 2, 64)
+        cute_sparse.attention(q, k, v, threshold=threshold, out=out)
+        calls.append((q, k, v, threshold, out))
+    assert len(dispatch._plans) == 1
+    for values, (q, k, v, threshold, out) in zip(kernel.calls, calls, strict=True):
+        tensors = dict(q=q, k=k, v=v, threshold=threshold, out=out)
+        assert {name: values[name] for name in tensors} == {name: t.data_ptr() for name, t in tensors.items()}
+
+
+def test_plans_hold_no_tensor_and_are_bounded(kernel, monkeypatch):
+    monkeypatch.setattr(dispatch, "PLANS_MAX", 3)
+    threshold = torch.full((2,), 0.5)
+    q = bf16(1, 8, 2, 64)
+    cute_sparse.attention(q, q, q, threshold=threshold)
+    alive = weakref.ref(threshold), weakref.ref(q)
+    del threshold, q
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+    for length in range(1, 20):
+        q = bf16(1, length, 2, 64)
+        cute_sparse.attention(q, q, q)
+        assert len(dispatch._plans) <= 3
+
+
+@pytest.mark.parametrize("shape_q, shape_k", [((0, 8, 2, 64), (0, 8, 2, 64)), ((2, 0, 2, 64), (2, 8, 2, 64))])
+def test_nothing_is_launched_where_there_is_nothing_to_write(kernel, shape_q, shape_k):
+    got = cute_sparse.attention(bf16(*shape_q), bf16(*shape_k), bf16(*shape_k), return_lse=True, return_stats=True)
+    assert got.out.shape == shape_q and got.stats.tile_counts.shape == (2, shape_q[0], 2)
+    assert kernel.calls == []
+
+
+def test_nothing_is_launched_where_there_is_no_key(kernel):
+    out = bf16(2, 8, 2, 64) + 7
+    got = cute_sparse.attention(out + 1, bf16(2, 0, 2, 64), bf16(2, 0, 2, 64), out=out, return_lse=True)
+    assert (out == 0).all() and (got.lse == -torch.inf).all()
+    assert kernel.calls == []
+
+
+# ---- Launcher ----
+
+
+def test_a_refused_launch_raises():
+    launcher = Launcher(FakeCompiled(result=700), PREFILL)
+    with pytest.raises(LaunchError, match="700"):
+        launcher([0] * len(PREFILL), 0)
+
+
+def test_threads_do_not_mix_their_arguments():
+    """The arguments' memory is shared; a foreign call releases the interpreter's lock."""
+    fake = FakeCompiled()
+    launcher = Launcher(fake, PREFILL)
+
+    def launch_many(value: int) -> None:
+        for _ in range(300):
+            launcher([value] * len(PREFILL), value)
+
+    threads = [threading.Thread(target=launch_many, args=(value,)) for value in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fake.calls) == 1200
+    assert all(len(set(values.values())) == 1 for values in fake.calls)
+
+
+def test_a_warm_call_costs_the_host_little(kernel, monkeypatch):
+    """15 us on a quiet machine is the goal, and 6 what was measured there, with a C function that does nothing.
+
+    The bound is loose, because test machines are not quiet; it catches a check or a conversion at every call.
+    """
+    nothing = ctypes.CDLL(None).getpid
+    launcher = Launcher(FakeCompiled(), PREFILL)
+    launcher._entry = nothing
+    made = dispatch.Kernel(SimpleNamespace(geometry=GEOMETRY), launcher)
+    monkeypatch.setattr(dispatch, "compiled_prefill", lambda problem, target: made)
+    q, out, threshold = bf16(1, 64, 4, 128), bf16(1, 64, 4, 128), 0.01
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            cute_sparse.attention(q, q, q, causal=True, threshold=threshold, out=out)
+        best = min(best, (time.perf_counter() - start) / 100)
+    assert best < 45e-6, f"{best * 1e6:.1f} us"
+
+
+# ---- Compiled once ----
+
+
+def test_each_kind_of_problem_is_compiled_once_whatever_the_sizes(monkeypatch):
+    loads = []
+
+    def compile_or_load(problem, config, arch, compile, emulated):
+        loads.append((problem, arch))
+        return FakeCompiled()
+
+    monkeypatch.setattr(compiled, "_launchers", {})
+    monkeypatch.setattr(compiled, "_from_disk_or_compiler", compile_or_load)
+    monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(dispatch, "_target", lambda device: FakeTarget())
+    config = SimpleNamespace(geometry=GEOMETRY)
+    monkeypatch.setattr(dispatch, "_chosen_prefill", lambda problem, arch: ("config", lambda problem, config: None))
+    monkeypatch.setattr(
+        dispatch,
+        "compiled_prefill",
+        lambda problem, target: dispatch.Kernel(
+            config, compiled.launcher(problem, "config", target.arch, None, PREFILL, target.emulated)
+        ),
+    )
+    for batch, length_q, length_k, heads in ((1, 8, 8, 2), (2, 100, 9, 4), (1, 1, 1000, 6)):
+        q, k = bf16(batch, length_q, heads, 64), bf16(batch, length_k, 2, 64)
+        cute_sparse.attention(q, k, k, causal=True, threshold=0.1 * batch)
+        cute_sparse.attention(q, k, k, window_size=(length_k, 0), softmax_scale=0.1 * heads)
+    assert len(loads) == 2 and len(set(loads)) == 2
+
+
+def test_two_threads_compile_one_kernel_once(monkeypatch):
+    loads = []
+
+    def slow(*_):
+        loads.append(1)
+        time.sleep(0.2)
+        return FakeCompiled()
+
+    monkeypatch.setattr(compiled, "_launchers", {})
+    monkeypatch.setattr(compiled, "_from_disk_or_compiler", slow)
+    problem = Problem("prefill", "bfloat16", 64, 64)
+    threads = [
+        threading.Thread(target=compiled.launcher, args=(problem, "config", "sm_90a", None, PREFILL)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loads) == 1
+
+
+# ---- What is required and what is refused ----
+
+
+def test_required_names_every_feature():
+    plain = Problem("prefill", "bfloat16", 128, 128)
+    assert required(plain) == {"dtype:bfloat16", "head_dim:128", "mask:full"}
+    everything = Problem("prefill", "float16", 192, 128, "band", True, True, "threshold", True, True)
+    assert required(everything) == {
+        "dtype:float16", "head_dim:192/128", "mask:band", "varlen", "softcap", "sparsity:threshold", "lse", "stats",
+    }  # fmt: skip
+
+
+def test_what_a_kernel_lacks_is_refused_by_name_with_what_there_is():
+    problem = Problem("prefill", "bfloat16", 96, 96, softcap=True)
+    supports = frozenset({"dtype:bfloat16", "head_dim:128", "head_dim:64", "mask:full"})
+    with pytest.raises(UnsupportedProblem, match="sm_90a prefill .*head_dim:96, softcap; .* head_dim:64, head_dim:128"):
+        check_supported(problem, supports, "sm_90a")
+    check_supported(Problem("prefill", "bfloat16", 64, 64), supports, "sm_90a")
+
+
+def test_a_call_that_an_architecture_lacks_is_refused_and_never_computed_otherwise(monkeypatch):
+    pytest.importorskip("cutlass")
+    prefill = importlib.import_module(f"{dispatch.ROOM_OF_ARCH['sm_90a']}.prefill")
+    monkeypatch.setattr(prefill, "SUPPORTS", frozenset({"dtype:bfloat16", "head_dim:64", "mask:full"}))
+    monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(dispatch, "_target", lambda device: FakeTarget())
+    q = bf16(1, 8, 2, 64)
+    with pytest.raises(NotImplementedError, match="does not support sparsity:threshold"):
+        cute_sparse.attention(q, q, q, threshold=0.1)
+
+
+@pytest.mark.parametrize("arch", dispatch.ROOM_OF_ARCH)
+def test_every_declared_head_dim_and_the_rest_has_a_config(arch):
+    """SUPPORTS is no wish: choose() finds a config for whatever it declares."""
+    pytest.importorskip("cutlass")
+    supports = cute_sparse.support_matrix()[arch]
+    head_dims = [name.partition(":")[2].split("/") for name in supports if name.startswith("head_dim:")]
+    assert head_dims
+    for pair in head_dims:
+        for sparsity in (None, "threshold"):
+            problem = Problem("prefill", "bfloat16", int(pair[0]), int(pair[-1]), "causal", sparsity=sparsity)
+            config, _ = dispatch._chosen_prefill(problem, arch)
+            assert config.geometry.tile_rows in (64, 128)
+            hash((problem, config))
+
+
+# ---- Devices ----
+
+
+def test_warmup_says_what_is_wrong():
+    with pytest.raises(ValueError, match="sm_80.*sm_90a"):
+        cute_sparse.warmup(arch="sm_80")
+    with pytest.raises(ValueError, match="not both"):
+        cute_sparse.warmup(arch="sm_90a", device="cuda")
+    with pytest.raises(NotImplementedError, match="float32.*bfloat16"):
+        cute_sparse.warmup(dtype=torch.float32)
+    with pytest.raises(ValueError, match="reference"):
+        cute_sparse.warmup(device="cpu")
+
+
+def test_an_unknown_device_in_the_environment_is_refused_with_the_choices():
+    code = """
+import torch, cute_sparse
+q = torch.zeros(1, 8, 2, 8, dtype=torch.bfloat16)
+cute_sparse.attention(q, q, q)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"CUTE_SPARSE_DEVICE": "emulated:sm_80"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "CUTE_SPARSE_DEVICE='emulated:sm_80' must be one of emulated:sm_90a, emulated:sm_100a" in done.stderr
+
+
+def test_streams_have_work_counters_of_their_own():
+    counters = dispatch.WorkCounters(torch.device("cpu"))
+    addresses = [counters.address(stream) for stream in range(counters.STREAMS_MAX)]
+    assert len(set(addresses)) == counters.STREAMS_MAX and counters.address(5) == addresses[5]
+    first, end = counters.memory.data_ptr(), counters.memory.data_ptr() + counters.memory.nbytes
+    assert all(first <= address and address + 8 <= end for address in addresses)
+    assert (counters.memory == 0).all()
+    with pytest.raises(RuntimeError, match="1024 CUDA streams"):
+        counters.address(-1)
