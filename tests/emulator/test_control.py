@@ -126,3 +126,12 @@ def test_instructions_are_counted_by_opcode(run, device):
     launch = run("mov.b32 %r1, 1; setp.eq.s32 %p1, %r1, 2; @%p1 add.s32 %r1, %r1, 1; add.s32 %r1, %r1, 1;", block=64, grid=3,
                  registers=".reg .b32 %r<4>; .reg .pred %p<2>;")  # fmt: skip
     assert launch.counts.warp_instructions == 5 * 2 * 3
+
+
+def test_parameters_are_read_at_their_offsets(run):
+    out = torch.zeros(3, dtype=I32)
+    body = """ld.param.b64 %d1, [p0]; ld.param.v2.b32 {%r1, %r2}, [s+4]; ld.param.b8 %h1, [s+13]; cvt.u32.u16 %r3, %h1;
+    st.global.b32 [%d1], %r1; st.global.b32 [%d1+4], %r2; st.global.b32 [%d1+8], %r3;"""
+    run(body, [out, bytes(range(16))], parameters=".param .u64 p0, .param .align 8 .b8 s[16]", block=1,
+        registers=".reg .b64 %d<3>; .reg .b32 %r<4>; .reg .b16 %h<2>;")  # fmt: skip
+    assert out.tolist() == [0x07060504, 0x0B0A0908, 13]

@@ -472,6 +472,7 @@ class Parser {
     if (accept("[")) {
       op.kind = Operand::Kind::address;
       op.parts.push_back(simple_operand());
+      op.offset = op.parts[0].offset;  // of a symbol, "+ number" is part of its operand
       if (accept("+")) {
         op.offset = int64_t(integer());
       } else if (peek().text == "-") {
