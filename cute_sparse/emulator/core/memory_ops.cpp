@@ -74,15 +74,18 @@ class Touches {
     flush();
     space_ = place.space;
     begin_ = place.address;
-    bytes_ = bytes;
+    bytes_ = bytes_each_ = bytes;
     lane_ = lane;
   }
   void flush() {
     if (!bytes_) return;
     const uint64_t n = bytes_;
     bytes_ = 0;
-    if (space_ == Space::shared) touch_shared(w_, uint32_t(begin_), uint32_t(n), write_, atomic_, int(lane_));
-    else touch_global(w_, begin_, n, write_, atomic_, int(lane_));
+    const int lane = int(lane_);
+    if (space_ == Space::shared)
+      touch_shared_lanes(w_, uint32_t(begin_), uint32_t(n), bytes_each_, write_, atomic_, lane);
+    else
+      touch_global_lanes(w_, begin_, n, bytes_each_, write_, atomic_, lane);
   }
 
  private:
@@ -90,7 +93,7 @@ class Touches {
   bool write_, atomic_;
   Space space_ = Space::global;
   uint64_t begin_ = 0, bytes_ = 0;
-  uint32_t lane_ = 0;
+  uint32_t bytes_each_ = 0, lane_ = 0;
 };
 
 void count(Warp& w, Space space, bool write, uint64_t bytes) {

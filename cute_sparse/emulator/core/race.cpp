@@ -112,12 +112,6 @@ AccessId RaceDetector::intern(const Access& access) {
   return recent << LANE_BITS | lane;
 }
 
-Access RaceDetector::at(AccessId id) const {
-  Access access = accesses_[index_of(id)];
-  if (access.lane >= 0) access.lane = int32_t(id & (LANES_PER_WARP - 1));
-  return access;
-}
-
 AccessId RaceDetector::without_lane(AccessId id) const {
   return accesses_[index_of(id)].lane < 0 ? id : (index_of(id) + 1) << LANE_BITS;
 }
@@ -196,7 +190,7 @@ void RaceDetector::collect() {
 struct Shadow::Check {
   const Access& access;
   const Clock& clock;
-  const AccessId id;
+  AccessId id;
   const bool must_be_written;
   Conflict conflict;
   AccessId ordered_write = 0;  // the last write found to be ordered before this access
@@ -213,29 +207,36 @@ Shadow::~Shadow() {
   registry_->erase(std::find(registry_->begin(), registry_->end(), this));
 }
 
-// Whether `earlier` happened before the access; fills in the conflict otherwise.
-static bool ordered(const Access& earlier, const Access& access, const Clock& clock, Conflict& conflict) {
+// Whether `earlier` (by lane `lane` of its warp, if it has lanes) happened before the access; fills in the conflict
+// otherwise.
+static bool ordered(const Access& earlier, uint32_t lane, const Access& access, const Clock& clock,
+                    Conflict& conflict) {
   if (earlier.actor == access.actor || (earlier.atomic && access.atomic)) return true;
   const bool by_lane = earlier.lane >= 0;
-  if (clock.at(earlier.actor) < earlier.epoch &&
-      !(by_lane && clock.lane_seen(earlier.actor, uint32_t(earlier.lane), earlier.epoch))) {
+  auto conflicts = [&] {
     conflict.found = true;
     conflict.earlier = earlier;
+    if (by_lane) conflict.earlier.lane = int32_t(lane);
     return false;
-  }
+  };
+  if (clock.at(earlier.actor) < earlier.epoch && !(by_lane && clock.lane_seen(earlier.actor, lane, earlier.epoch)))
+    return conflicts();
   const bool crosses_proxies = access.proxy == Proxy::async && !access.write && earlier.proxy == Proxy::generic &&
                                earlier.write && earlier.epoch != 0;
   if (crosses_proxies && clock.proxied_at(earlier.actor) < earlier.epoch &&
-      !(by_lane && clock.lane_proxied(earlier.actor, uint32_t(earlier.lane), earlier.epoch))) {
-    conflict.found = conflict.missing_proxy_fence = true;
-    conflict.earlier = earlier;
-    return false;
+      !(by_lane && clock.lane_proxied(earlier.actor, lane, earlier.epoch))) {
+    conflict.missing_proxy_fence = true;
+    return conflicts();
   }
   return true;
 }
 
+bool Shadow::after_access(AccessId id, Check& check) const {
+  return ordered(detector_.accesses_[index_of(id)], id % LANES_PER_WARP, check.access, check.clock, check.conflict);
+}
+
 bool Shadow::after_readers(Readers readers, Check& check) const {
-  auto after = [&](AccessId id) { return ordered(detector_.at(id), check.access, check.clock, check.conflict); };
+  auto after = [&](AccessId id) { return after_access(id, check); };
   if (readers & ONE_READER) return after(readers & ~ONE_READER);
   const std::vector<AccessId>& members = detector_.sets_[readers];
   return std::all_of(members.begin(), members.end(), after);
@@ -251,7 +252,7 @@ bool Shadow::visit(History& history, Check& check) {
       return false;
     }
   } else if (write != check.ordered_write) {
-    if (!ordered(detector_.at(write), check.access, check.clock, check.conflict)) return false;
+    if (!after_access(write, check)) return false;
     check.ordered_write = write;
   }
   if (!check.access.write) {
@@ -349,6 +350,20 @@ Conflict Shadow::access(uint64_t first, uint64_t count, const Access& access, co
                         bool must_be_written) {
   Check check{access, clock, detector_.intern(access), must_be_written, {}};
   visit_range(first, first + count, check);
+  return check.conflict;
+}
+
+Conflict Shadow::access_lanes(uint64_t first, uint64_t count, uint32_t bytes_each, const Access& access,
+                              const Clock& clock, bool must_be_written) {
+  Check check{access, clock, detector_.intern(access), must_be_written, {}};
+  const uint64_t end = (first + count) / 4, step = bytes_each / 4;
+  for (uint64_t g = first / 4; g < end; g += step, ++check.id) {
+    check.met_any = false;  // what a read makes of its predecessors depends on the lane
+    if (!visit_range(g, std::min(g + step, end), check)) {
+      check.conflict.address *= 4;
+      break;
+    }
+  }
   return check.conflict;
 }
 

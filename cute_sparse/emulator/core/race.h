@@ -106,6 +106,9 @@ class Shadow {
   // The same for bytes [first, first + count) of a memory with 4-byte granules; Conflict::address is a byte.
   Conflict access_bytes(uint64_t first, uint64_t count, const Access& access, const Clock& clock,
                         bool must_be_written);
+  // Consecutive lanes, from access.lane on, access `count` consecutive bytes, `bytes_each` (a multiple of 4) by each.
+  Conflict access_lanes(uint64_t first, uint64_t count, uint32_t bytes_each, const Access& access, const Clock& clock,
+                        bool must_be_written);
   void forget(uint64_t first, uint64_t count);  // memory becomes uninitialised (freed, or a new owner)
   void assume_written(uint64_t first, uint64_t count);
 
@@ -116,6 +119,7 @@ class Shadow {
   struct Split { History bytes[4]; };
   static constexpr uint32_t SPLIT = 1u << 31;  // low word of a History: the rest is an index into splits_
   bool visit(History& history, Check& check);
+  bool after_access(AccessId id, Check& check) const;
   bool after_readers(Readers readers, Check& check) const;
   bool visit_range(uint64_t first, uint64_t end, Check& check);
   bool visit_bytes(uint64_t granule, uint32_t begin, uint32_t end, Check& check);
@@ -137,7 +141,6 @@ class RaceDetector {
 
   // Interning, used by Shadow.
   AccessId intern(const Access& access);
-  Access at(AccessId id) const;
   Readers with_read(Readers readers, AccessId id);
 
  private:

@@ -70,10 +70,22 @@ Access generic_access(Warp& warp, bool write, bool atomic, int lane) {
   return access_by(warp, warp.actor, warp.clock.at(warp.actor), Proxy::generic, write, atomic, lane);
 }
 
-void check_shared(Warp& warp, uint32_t address, uint32_t bytes, const Access& access, int lane) {
+// Access of a shadow's bytes, by one lane or one engine, or by adjacent lanes of `bytes_each` bytes.
+Conflict enter(Shadow& shadow, uint64_t first, uint64_t bytes, uint32_t bytes_each, const Access& access,
+               const Clock& clock, bool must_be_written) {
+  if (bytes_each == 0 || bytes_each >= bytes)
+    return shadow.access_bytes(first, bytes, access, clock, must_be_written);
+  if (bytes_each % 4 == 0 && first % 4 == 0)
+    return shadow.access_lanes(first, bytes, bytes_each, access, clock, must_be_written);
+  Access by_warp = access;
+  by_warp.lane = -1;
+  return shadow.access_bytes(first, bytes, by_warp, clock, must_be_written);
+}
+
+void check_shared(Warp& warp, uint32_t address, uint32_t bytes, uint32_t bytes_each, const Access& access, int lane) {
   Cta& cta = cta_at(warp, address);
-  Conflict conflict = cta.shared_shadow->access_bytes(address & SHARED_OFFSET_MASK, bytes, access, warp.clock,
-                                                      !access.write);
+  Conflict conflict = enter(*cta.shared_shadow, address & SHARED_OFFSET_MASK, bytes, bytes_each, access, warp.clock,
+                            !access.write);
   if (!conflict.found && !conflict.uninitialised) return;
   conflict.address |= uint64_t(cta.rank) << SHARED_RANK_SHIFT;
   report(warp, conflict, "shared memory", lane);
@@ -84,13 +96,15 @@ GlobalHistory& global_history(Cluster& cluster) {
   return *cluster.global_history;
 }
 
-void check_global(Warp& warp, uint64_t address, uint64_t bytes, const Access& access, int lane) {
+void check_global(Warp& warp, uint64_t address, uint64_t bytes, uint32_t bytes_each, const Access& access, int lane) {
   GlobalHistory& history = global_history(*warp.cluster);
   for (uint64_t at = address; at < address + bytes;) {
     const uint64_t number = at >> GlobalHistory::PAGE_SHIFT, base = number << GlobalHistory::PAGE_SHIFT;
     const uint64_t stop = std::min(address + bytes, base + GlobalHistory::PAGE_BYTES);
     Shadow& shadow = history.page(warp.cluster->race, number);
-    Conflict conflict = shadow.access_bytes(at - base, stop - at, access, warp.clock, false);
+    Access part = access;
+    if (bytes_each) part.lane += int32_t((at - address) / bytes_each);
+    Conflict conflict = enter(shadow, at - base, stop - at, bytes_each, part, warp.clock, false);
     if (conflict.found) {
       conflict.address += base;
       report(warp, conflict, "global memory", lane);
@@ -134,22 +148,34 @@ uint8_t* global_at(Warp& warp, uint64_t address, uint64_t bytes, uint32_t align,
 
 void touch_shared(Warp& warp, uint32_t address, uint32_t bytes, bool write, bool atomic, int lane) {
   if (!warp.cluster->race.enabled) return;
-  check_shared(warp, address, bytes, generic_access(warp, write, atomic, lane), lane);
+  check_shared(warp, address, bytes, 0, generic_access(warp, write, atomic, lane), lane);
 }
 
 void touch_global(Warp& warp, uint64_t address, uint64_t bytes, bool write, bool atomic, int lane) {
   if (!warp.cluster->race.enabled) return;
-  check_global(warp, address, bytes, generic_access(warp, write, atomic, lane), lane);
+  check_global(warp, address, bytes, 0, generic_access(warp, write, atomic, lane), lane);
+}
+
+void touch_shared_lanes(Warp& warp, uint32_t address, uint32_t bytes, uint32_t bytes_each, bool write, bool atomic,
+                        int lane) {
+  if (!warp.cluster->race.enabled) return;
+  check_shared(warp, address, bytes, bytes_each, generic_access(warp, write, atomic, lane), lane);
+}
+
+void touch_global_lanes(Warp& warp, uint64_t address, uint64_t bytes, uint32_t bytes_each, bool write, bool atomic,
+                        int lane) {
+  if (!warp.cluster->race.enabled) return;
+  check_global(warp, address, bytes, bytes_each, generic_access(warp, write, atomic, lane), lane);
 }
 
 void touch_shared_async(Warp& warp, const Stamp& stamp, uint32_t address, uint32_t bytes, bool write) {
   if (!warp.cluster->race.enabled) return;
-  check_shared(warp, address, bytes, access_by(warp, stamp.actor, stamp.epoch, stamp.proxy, write, false, -1), -1);
+  check_shared(warp, address, bytes, 0, access_by(warp, stamp.actor, stamp.epoch, stamp.proxy, write, false, -1), -1);
 }
 
 void touch_global_async(Warp& warp, const Stamp& stamp, uint64_t address, uint64_t bytes, bool write, bool atomic) {
   if (!warp.cluster->race.enabled) return;
-  check_global(warp, address, bytes, access_by(warp, stamp.actor, stamp.epoch, stamp.proxy, write, atomic, -1), -1);
+  check_global(warp, address, bytes, 0, access_by(warp, stamp.actor, stamp.epoch, stamp.proxy, write, atomic, -1), -1);
 }
 
 namespace {

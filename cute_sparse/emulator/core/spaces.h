@@ -22,6 +22,11 @@ constexpr uint32_t SHARED_GRANULE_BYTES = 4;
 // An ordinary (generic proxy) access by the warp's executing lanes: race check, uninitialised check, recorded.
 void touch_shared(Warp& warp, uint32_t address, uint32_t bytes, bool write, bool atomic = false, int lane = -1);
 void touch_global(Warp& warp, uint64_t address, uint64_t bytes, bool write, bool atomic = false, int lane = -1);
+// The same by consecutive lanes, from `lane` on, of `bytes_each` bytes each, that are adjacent: `bytes` together.
+void touch_shared_lanes(Warp& warp, uint32_t address, uint32_t bytes, uint32_t bytes_each, bool write, bool atomic,
+                        int lane);
+void touch_global_lanes(Warp& warp, uint64_t address, uint64_t bytes, uint32_t bytes_each, bool write, bool atomic,
+                        int lane);
 // An access that an asynchronous operation issued by `warp` will perform. Called at issue, with the footprint;
 // ordered behind what the warp knows, and (for reads) behind fence.proxy.async for generic writes.
 void touch_shared_async(Warp& warp, const Stamp& stamp, uint32_t address, uint32_t bytes, bool write);
