@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,7 @@ class Device:
     """An emulated GPU: a context manager, made by `emulator.device`.
 
     Inside it, CuTe-DSL compiles for `arch`, takes CPU tensors for device tensors and launches into the emulator.
-    launches: what ran so far. memory: what kernels may access. All attributes stay readable behind the `with` block.
+    launches: what ran so far, readable behind the `with` block, too. on_launch: called with each launch that ended.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Device:
         self.threads = threads if threads is not None else os.cpu_count() or 1
         self.checks, self.max_warp_instructions, self.torch_cuda = checks, max_warp_instructions, torch_cuda
         self.capability = ARCHES[arch]
+        self.on_launch: Callable[[Launch], None] | None = None
         self._launches: list[Launch] = []
 
     core: Core
@@ -116,7 +119,23 @@ class Device:
 
     def _collect(self) -> None:
         for index in range(len(self._launches), self.core.launch_count()):
-            self._launches.append(launch_from_core(self.core.launch(index)))
+            launch = launch_from_core(self.core.launch(index))
+            self._launches.append(launch)
+            if self.on_launch is not None:
+                self.on_launch(launch)
+
+    def report_launches(self) -> None:
+        """Tells on_launch, if there is one, what has ended since the last time."""
+        if self.on_launch is not None:
+            self._collect()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor counts as one on this device: any, or with `torch_cuda` those that a script calls "cuda"."""
+        if not self.torch_cuda:
+            return True
+        from cute_sparse.emulator import torch_cuda
+
+        return torch_cuda.is_marked(tensor)
 
     def register(self, tensor: torch.Tensor, name: str | None = None) -> None:
         """Lets kernels access a CPU tensor's storage; `name` stands for it in error messages.
@@ -132,8 +151,14 @@ class Device:
         Called behind every emulated function; a program that reaches the core by another way calls it itself.
         """
         error = self.core.take_error()
-        if error is not None:
-            raise error from None
+        if error is None:
+            return
+        address = re.search(r"\bat 0x([0-9a-f]+)", error.message)
+        if isinstance(error, errors.OutOfBounds) and address is not None:
+            freed = self.memory.freed_at(int(address.group(1), 16))
+            if freed is not None:
+                error.message += f"; tensor {freed!r} was there and has been freed"
+        raise error from None
 
 
 def load_core() -> Core:

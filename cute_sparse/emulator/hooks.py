@@ -69,6 +69,9 @@ class Patches:
 
         self._undo.append(undo)
 
+    def on_restore(self, undo: Callable[[], None]) -> None:
+        self._undo.append(undo)
+
     def restore(self) -> None:
         while self._undo:
             self._undo.pop()()
@@ -304,9 +307,9 @@ class _launching:
         return device
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, errors.EmulatorError):
-            return
-        self._device.raise_pending()
+        self._device.report_launches()
+        if not isinstance(error, errors.EmulatorError):
+            self._device.raise_pending()
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -317,12 +320,13 @@ def _name_arguments(function: Any, args: tuple, kwargs: dict[str, Any], device: 
     named = dict(zip(function.execution_args._meta.pos_names, args, strict=False)) | kwargs
     for name, value in named.items():
         for path, tensor in _tensors_in(value, name):
-            device.memory.name_if_nameless(tensor, path)
+            if device.holds(tensor):
+                device.memory.name_if_nameless(tensor, path)
 
 
 def _tensors_in(value: Any, name: str) -> list[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
-        return [(name, value)] if memory._true_device(value).type == "cpu" else []
+        return [(name, value)]
     source = getattr(value, "_emulated_tensor", None)
     if source is not None:
         return [(name, source)]
@@ -347,6 +351,8 @@ def _as_device_argument(value: Any, device: Device) -> Any:
     import tvm_ffi
 
     if isinstance(value, torch.Tensor):
+        if not device.holds(value):
+            return value
         device.memory.add(value)
         return tvm_ffi.from_dlpack(memory.AsCudaTensor(value.detach()))
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -375,8 +381,9 @@ def _tensors(device: Device, patches: Patches) -> None:
     import tvm_ffi
 
     def init(cute_tensor: Any, tensor: Any, *args: Any, **kwargs: Any) -> None:
+        # A TVM-FFI tensor says itself where it is.
         source = None if isinstance(tensor, tvm_ffi.Tensor) else memory.as_tensor(tensor)
-        if source is None:
+        if source is None or not device.holds(source):
             return tensor_init(cute_tensor, tensor, *args, **kwargs)
         device.memory.add(source)
         cute_tensor._emulated_tensor = source
@@ -384,7 +391,7 @@ def _tensors(device: Device, patches: Patches) -> None:
 
     def data_ptr(tensor: torch.Tensor) -> int:
         address = tensor_address(tensor)
-        if address and memory._true_device(tensor).type == "cpu":
+        if address and memory.is_plain(tensor) and device.holds(tensor):
             device.memory.add(tensor)
         return address
 

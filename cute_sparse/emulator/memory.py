@@ -4,16 +4,15 @@ capsules by which CuTe-DSL takes a CPU tensor for a CUDA one."""
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cute_sparse.emulator.errors import WrongDevice
 from cute_sparse.emulator.library import Core
-
-# The true device, whatever torch_cuda.py makes of Tensor.device.
-_true_device = torch._C.TensorBase.device.__get__
 
 CUDA = 2  # DLDeviceType.kDLCUDA
 CPU = 1
@@ -24,6 +23,22 @@ _capsule_name = ctypes.pythonapi.PyCapsule_GetName
 _capsule_name.restype, _capsule_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+def true_device(tensor: torch.Tensor) -> torch.device:
+    """Where a tensor is, whatever torch_cuda.py makes a script believe."""
+    with torch._C.DisableTorchFunction():
+        return tensor.device
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """A CPU tensor with memory of its own: not a fake, functional or otherwise wrapped one."""
+    return (
+        true_device(tensor).type == "cpu"
+        and tensor.layout == torch.strided
+        and not isinstance(tensor, FakeTensor)
+        and not torch._is_functional_tensor(tensor)
+    )
 
 
 @dataclass
@@ -40,6 +55,7 @@ class Registry:
     def __init__(self, core: Core):
         self._core = core
         self._ranges: dict[int, _Range] = {}
+        self._freed: deque[tuple[int, _Range]] = deque(maxlen=64)
 
     def add(self, tensor: torch.Tensor, name: str | None = None) -> None:
         """Registers the whole storage of a CPU tensor. Raises WrongDevice for any other."""
@@ -70,6 +86,14 @@ class Registry:
             if not self._alive(address, known):
                 del self._ranges[address]
                 self._core.remove_memory(address)
+                self._freed.append((address, known))
+
+    def freed_at(self, address: int) -> str | None:
+        """The name of a tensor that was at an address and is not any more."""
+        for begin, known in reversed(self._freed):
+            if begin <= address < begin + known.size_bytes:
+                return known.name
+        return None
 
     def clear(self) -> None:
         for address in self._ranges:
@@ -90,7 +114,7 @@ def describe(tensor: torch.Tensor) -> str:
 
 
 def require_cpu(tensor: torch.Tensor) -> None:
-    device = _true_device(tensor)
+    device = true_device(tensor)
     if device.type != "cpu":
         raise WrongDevice(
             f"tensor {describe(tensor)} is on {device}: the emulated device works on CPU tensors (use tensor.cpu())"
