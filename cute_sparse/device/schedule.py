@@ -145,7 +145,7 @@ class DynamicTiles:
         self.ring.acquire(claim.cursor)
         claimed = Int32(0)
         if cute.arch.lane_idx() == 0:
-            for word, value in enumerate(tile):
+            for word, value in enumerate((*tile, Int32(0))):  # the padding too: a 16-byte read fetches it
                 self.slots[word, claim.cursor.index] = value
             self.ring.publish(claim.cursor)
             if has_tile:

@@ -40,6 +40,7 @@ class OnlineSoftmax:
     """
 
     scale_log2: Any
+    rescale_raw: Any  # RESCALE_LOG2 / c
     rows: cutlass.Constexpr[int]
     threads_per_row: cutlass.Constexpr[int]
     minus_ref: cute.Tensor
@@ -52,7 +53,10 @@ class OnlineSoftmax:
     def create(scale_log2, rows: int, threads_per_row: int, sparse: bool) -> "OnlineSoftmax":
         minus_ref, row_sum, limit = (cute.make_rmem_tensor(rows, Float32) for _ in range(3))
         row_max, skip_bound = (cute.make_rmem_tensor(rows, Float32) if sparse else None for _ in range(2))
-        return OnlineSoftmax(scale_log2, rows, threads_per_row, minus_ref, row_sum, limit, row_max, skip_bound)
+        rescale_raw = RESCALE_LOG2 * cute.arch.rcp_approx(scale_log2)
+        return OnlineSoftmax(
+            scale_log2, rescale_raw, rows, threads_per_row, minus_ref, row_sum, limit, row_max, skip_bound
+        )
 
     def clear(self) -> None:
         """Rows that visit no tile."""
@@ -83,7 +87,8 @@ class OnlineSoftmax:
         """
         for row in range(self.rows):
             row_max = cute.arch.fmax(self._row_max(thread_max[row]), FLOOR, nan=True)
-            self._refer_to(row, row_max * self.scale_log2)
+            self.minus_ref[row] = -(row_max * self.scale_log2)
+            self.limit[row] = row_max + self.rescale_raw
             if const_expr(self.row_max is not None):
                 self.row_max[row] = cutlass.select_(in_sequence[row], row_max, Float32.inf)
                 self.skip_bound[row] = self.row_max[row] + threshold_raw
@@ -151,11 +156,8 @@ class OnlineSoftmax:
             new_ref = cute.arch.fmax(row_max[row] * self.scale_log2, -self.minus_ref[row])
             factors[row] = cute.math.exp2(-self.minus_ref[row] - new_ref, fastmath=True)
             self.row_sum[row] = self.row_sum[row] * factors[row]
-            self._refer_to(row, new_ref)
-
-    def _refer_to(self, row: int, ref_log2) -> None:
-        self.minus_ref[row] = -ref_log2
-        self.limit[row] = (ref_log2 + RESCALE_LOG2) / self.scale_log2
+            self.minus_ref[row] = -new_ref
+            self.limit[row] = cute.arch.fmax(self.limit[row], row_max[row] + self.rescale_raw)
 
     def _exponentiate(self, scores: cute.Tensor, row: int, row_sum):
         """Turn one row of scores into p; returns row_sum + their sum."""

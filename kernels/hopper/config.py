@@ -41,7 +41,7 @@ L2_BYTES = 32 << 20  # of 50 (H100) or 60 MB (H200), what the K and V of a group
 DYNAMIC_CTAS = 132  # SMs of an H100 SXM or H200; with fewer SMs the later CTAs find the work done
 
 MIN_TILE_N, TILE_N_MAX = 64, 176
-BOUNDED_TILE_N_MAX = 128  # under a mask more of a wide tile is hidden; of a sparse problem fewer wide tiles are negligible
+BOUNDED_TILE_N_MAX = 128  # of a wider tile, a mask hides more, and a threshold skips it less often
 WIDE_HEAD_TILE_N_MAX = 80  # head_dim_v above 192: at 96, ptxas 13.0 spills
 
 

@@ -102,7 +102,7 @@ class KernelOperands:
 class Shared(NamedTuple):
     """Shared memory: tiles and rings."""
 
-    sQ: cute.Tensor  # (tile_m, head_dim)
+    sQ: cute.Tensor  # (64, head_dim, warpgroups)
     sK: cute.Tensor  # (tile_n, head_dim, stages)
     sV: cute.Tensor  # (tile_n, head_dim_v, stages)
     sO: cute.Tensor  # (64, head_dim_v, warpgroups)
@@ -205,9 +205,9 @@ class HopperPrefill:
         order = self._tile_order(operands)
         bundle = KernelOperands(
             q=self._load_atom(operands.q, self._q_layout()),
-            k=self._load_atom(operands.k, cute.select(self._k_layout(), mode=[0, 1])),
-            v=self._load_atom(operands.v, cute.select(self._v_layout(), mode=[0, 1])),
-            out=self._store_atom(operands.out, cute.select(self._out_layout(), mode=[0, 1])),
+            k=self._load_atom(operands.k, self._k_layout()),
+            v=self._load_atom(operands.v, self._v_layout()),
+            out=self._store_atom(operands.out, self._out_layout()),
             lse=operands.lse,
             lengths=operands.lengths,
             group=operands.heads_q // operands.heads_kv,
@@ -248,6 +248,8 @@ class HopperPrefill:
         return self._tma_atom(cpasync.CopyBulkTensorTileS2GOp(), tokens, smem_layout)
 
     def _tma_atom(self, op, tokens: TokenTensor, smem_layout) -> TmaTokens:
+        """A copy of one (rows, columns) tile; the third mode of the layout counts tiles."""
+        smem_layout = cute.select(smem_layout, mode=[0, 1])
         atom, coordinates = cpasync.make_tiled_tma_atom(
             op, tokens.tensor, smem_layout, cute.product_each(cute.shape(smem_layout))
         )
@@ -256,16 +258,23 @@ class HopperPrefill:
     # ---- shared-memory layouts
 
     def _q_layout(self):
-        return wgmma.row_major_smem(self.dtype, (self.tile_m, self.head_dim))
+        return self._rows_layout(self.head_dim)
+
+    def _out_layout(self):
+        return self._rows_layout(self.head_dim_v)
+
+    def _rows_layout(self, head_dim: int):
+        """(64, head_dim, warpgroups); where out shares Q's memory, each warpgroup's lies in its own Q."""
+        layout = wgmma.row_major_smem(self.dtype, (WARPGROUP_ROWS, head_dim))
+        widest = max(self.head_dim, self.head_dim_v) if self.config.out_aliases_q else head_dim
+        warpgroups = cute.make_layout(self.config.warpgroups, stride=WARPGROUP_ROWS * widest)
+        return cute.make_composed_layout(layout.inner, 0, cute.append(layout.outer, warpgroups))
 
     def _k_layout(self):
         return wgmma.row_major_smem(self.dtype, (self.tile_n, self.head_dim, self.stages))
 
     def _v_layout(self):
         return wgmma.row_major_smem(self.dtype, (self.tile_n, self.head_dim_v, self.stages))
-
-    def _out_layout(self):
-        return wgmma.row_major_smem(self.dtype, (WARPGROUP_ROWS, self.head_dim_v, self.config.warpgroups))
 
     # ---- the kernel
 
@@ -286,9 +295,6 @@ class HopperPrefill:
         """Carve up shared memory, initialise the barriers, and wait until every thread sees them."""
         q_drains = self.config.warpgroups if self.config.out_aliases_q else self.consumer_warps
         q_layout, out_layout = self._q_layout(), self._out_layout()
-        q_elements = cute.cosize(q_layout)
-        if self.config.out_aliases_q:
-            q_elements = max(q_elements, cute.cosize(out_layout))
 
         smem = cutlass.utils.SmemAllocator()
         barriers = smem.allocate_array(Int64, 2 * (1 + 2 * self.stages + TILE_SLOTS))
@@ -298,16 +304,20 @@ class HopperPrefill:
         v_ring = Ring(barriers + 2 + 2 * self.stages, self.stages, self.consumer_warps)
         tile_ring = Ring(barriers + 2 + 4 * self.stages, TILE_SLOTS, self.consumer_warps)
 
-        def tile(layout, pointer=None, elements=None):
-            if pointer is None:
-                nbytes = (elements or cute.cosize(layout)) * ELEMENT_BYTES
-                pointer = cute.recast_ptr(smem.allocate(nbytes, SHARED_ALIGN_BYTES), dtype=self.dtype)
-            return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, self.dtype), layout.outer), pointer
+        def allocate(elements: int):
+            return cute.recast_ptr(smem.allocate(elements * ELEMENT_BYTES, SHARED_ALIGN_BYTES), dtype=self.dtype)
 
-        sQ, q_pointer = tile(q_layout, elements=q_elements)
-        sK, _ = tile(self._k_layout())
-        sV, _ = tile(self._v_layout())
-        sO, _ = tile(out_layout, q_pointer if self.config.out_aliases_q else None)
+        def tiles(pointer, layout):
+            return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, self.dtype), layout.outer)
+
+        k_layout, v_layout = self._k_layout(), self._v_layout()
+        q_elements, out_elements = cute.cosize(q_layout), cute.cosize(out_layout)
+        if self.config.out_aliases_q:
+            q_pointer = out_pointer = allocate(max(q_elements, out_elements))
+        else:
+            q_pointer, out_pointer = allocate(q_elements), allocate(out_elements)
+        sQ, sO = tiles(q_pointer, q_layout), tiles(out_pointer, out_layout)
+        sK, sV = tiles(allocate(cute.cosize(k_layout)), k_layout), tiles(allocate(cute.cosize(v_layout)), v_layout)
         self._initialise([q_ring, k_ring, v_ring, tile_ring], operands)
         return Shared(sQ, sK, sV, sO, q_ring, k_ring, v_ring, tile_ring, tile_slots)
 
@@ -366,7 +376,7 @@ class HopperPrefill:
         gQ = operands.q.tokens.sequence(work.tile.head_idx, work.tile.batch_idx, work.span_q)
         gK = operands.k.tokens.sequence(head_kv, work.tile.batch_idx, work.span_k)
         gV = operands.v.tokens.sequence(head_kv, work.tile.batch_idx, work.span_k)
-        gQ = cute.local_tile(gQ, (self.tile_m, self.head_dim), (work.tile.m_block, 0))
+        gQ = cute.local_tile(gQ, (WARPGROUP_ROWS, self.head_dim), (None, 0))  # (64, head_dim, row blocks)
         gK = cute.local_tile(gK, (self.tile_n, self.head_dim), (None, 0))  # (tile_n, head_dim, KV tiles)
         gV = cute.local_tile(gV, (self.tile_n, self.head_dim_v), (None, 0))
         tQsQ, tQgQ = _tma_partition(operands.q.atom, shared.sQ, gQ)
@@ -375,7 +385,9 @@ class HopperPrefill:
 
         last = work.end - 1
         shared.q_ring.expect(q, self.q_bytes)
-        cute.copy(operands.q.atom, tQgQ, tQsQ, tma_bar_ptr=shared.q_ring.full(q))
+        for i in cutlass.range_constexpr(self.config.warpgroups):
+            row_block = work.tile.m_block * self.config.warpgroups + i
+            cute.copy(operands.q.atom, tQgQ[None, row_block], tQsQ[None, i], tma_bar_ptr=shared.q_ring.full(q))
         k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, last)
         for i in cutlass.range(last - work.begin, unroll=1):
             k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, last - 1 - i)
@@ -413,6 +425,7 @@ class HopperPrefill:
                     self._count(consumer, kept)
                 q = shared.q_ring.advanced(q)
             tile, claim = schedule.next(tile, claim)
+        self._finish_stores(thread)
 
     def _thread(self) -> Thread:
         index, _, _ = cute.arch.thread_idx()
@@ -420,19 +433,20 @@ class HopperPrefill:
         return Thread(warpgroup_idx, index % WARPGROUP_THREADS)
 
     def _fragments(self, shared: Shared, thread: Thread) -> Fragments:
-        qk = wgmma.qk_mma(self.dtype, self.config.warpgroups, self.tile_n)
-        pv = wgmma.pv_mma(self.dtype, self.config.warpgroups, self.head_dim_v)
-        first_thread = thread.warpgroup * WARPGROUP_THREADS
-        qk_slice, pv_slice = qk.get_slice(first_thread), pv.get_slice(first_thread)
+        """Each warpgroup multiplies its own 64 rows: nothing here spans warpgroups."""
+        qk = wgmma.qk_mma(self.dtype, self.tile_n)
+        pv = wgmma.pv_mma(self.dtype, self.head_dim_v)
+        qk_slice, pv_slice = qk.get_slice(0), pv.get_slice(0)
+        sQ = shared.sQ[None, None, thread.warpgroup]
         sVt = wgmma.transposed(shared.sV)  # (head_dim_v, tile_n, stages)
         return Fragments(
             qk,
             pv,
-            tSrQ=qk.make_fragment_A(qk_slice.partition_A(shared.sQ)),
+            tSrQ=qk.make_fragment_A(qk_slice.partition_A(sQ)),
             tSrK=qk.make_fragment_B(qk_slice.partition_B(shared.sK)),
-            tOrP=pv.make_fragment_A(pv.partition_shape_A((self.tile_m, self.tile_n))),
+            tOrP=pv.make_fragment_A(pv.partition_shape_A((WARPGROUP_ROWS, self.tile_n))),
             tOrV=pv.make_fragment_B(pv_slice.partition_B(sVt)),
-            acc_O=cute.make_rmem_tensor(pv.partition_shape_C((self.tile_m, self.head_dim_v)), Float32),
+            acc_O=cute.make_rmem_tensor(pv.partition_shape_C((WARPGROUP_ROWS, self.head_dim_v)), Float32),
         )
 
     @cute.jit
@@ -442,10 +456,10 @@ class HopperPrefill:
         threshold_raw = None
         if const_expr(self.sparse):
             log2_lambda = log2_threshold(operands.threshold, work.tile.batch_idx, work.tile.head_idx)
-            threshold_raw = log2_lambda / operands.scale.scale_log2
+            threshold_raw = log2_lambda * cute.arch.rcp_approx(operands.scale.scale_log2)
         last = work.end - 1
         k = self._first_step(consumer, last, k, threshold_raw)
-        p_pending, kept = Boolean(True), Int32(1)
+        p_pending, kept = Boolean(True), Int32(1) if const_expr(self.sparse) else work.end - work.begin
         for i in cutlass.range(last - work.begin, unroll=1):
             keeps = self._step(consumer, last - 1 - i, k, v, p_pending, threshold_raw)
             k, v = shared.k_ring.advanced(k), shared.v_ring.advanced(v)
@@ -553,10 +567,15 @@ class HopperPrefill:
     @cute.jit
     def _await_out_room(self, thread: Thread):
         """Wait until the last tile's store has read this warpgroup's staging memory, and its MMAs their Q."""
+        self._finish_stores(thread)
+        self._warpgroup_barrier(NamedBarrier.OUT, thread)
+
+    @cute.jit
+    def _finish_stores(self, thread: Thread):
+        """Wait until the TMA stores have read shared memory; where they were not waited for at once."""
         if const_expr(not self.config.out_aliases_q):
             if self._warp_in_warpgroup(thread) == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-        self._warpgroup_barrier(NamedBarrier.OUT, thread)
 
     @cute.jit
     def _store_lse(self, consumer: Consumer, lse: list):
@@ -574,7 +593,7 @@ class HopperPrefill:
     # ---- one tile's scores
 
     def _accumulator(self, fragments: Fragments) -> cute.Tensor:
-        return cute.make_rmem_tensor(fragments.qk.partition_shape_C((self.tile_m, self.tile_n)), Float32)
+        return cute.make_rmem_tensor(fragments.qk.partition_shape_C((WARPGROUP_ROWS, self.tile_n)), Float32)
 
     def _first_row(self, consumer: Consumer):
         """The first query row of the warpgroup."""

@@ -36,24 +36,24 @@ def transposed(tensor: cute.Tensor) -> cute.Tensor:
     return cute.composition(tensor, cute.make_ordered_layout(shape, order=order))
 
 
-def qk_mma(dtype, warpgroups: int, tile_n: int) -> cute.TiledMma:
-    """S = Q K^T: both operands in shared memory, head dim contiguous."""
-    return _tiled_mma(dtype, warpgroups, tile_n, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
+def qk_mma(dtype, tile_n: int) -> cute.TiledMma:
+    """S = Q K^T of one warpgroup: both operands in shared memory, head dim contiguous."""
+    return _tiled_mma(dtype, tile_n, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
 
 
-def pv_mma(dtype, warpgroups: int, head_dim_v: int) -> cute.TiledMma:
-    """O += P V: P in registers, V in shared memory with the head dim contiguous, which is its N."""
-    return _tiled_mma(dtype, warpgroups, head_dim_v, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
+def pv_mma(dtype, head_dim_v: int) -> cute.TiledMma:
+    """O += P V of one warpgroup: P in registers, V in shared memory with the head dim contiguous, which is its N."""
+    return _tiled_mma(dtype, head_dim_v, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
 
 
-def _tiled_mma(dtype, warpgroups: int, n: int, b_major, a_source) -> cute.TiledMma:
+def _tiled_mma(dtype, n: int, b_major, a_source) -> cute.TiledMma:
     return sm90.make_trivial_tiled_mma(
         dtype,
         dtype,
         OperandMajorMode.K,
         b_major,
         Float32,
-        atom_layout_mnk=(warpgroups, 1, 1),
+        atom_layout_mnk=(1, 1, 1),
         tiler_mn=(WARPGROUP_ROWS, n),
         a_source=a_source,
     )
@@ -119,6 +119,6 @@ def any_of_warpgroup(predicate, barrier_id) -> cutlass.Boolean:
 def store_accumulator(dtype, rounded: cute.Tensor, smem_tile: cute.Tensor, thread) -> None:
     """Store one warpgroup's accumulator, rounded to 16 bits, to (64, N) shared memory by stmatrix."""
     atom = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), dtype)
-    mma = pv_mma(dtype, 1, cute.size(smem_tile, mode=[1]))
+    mma = pv_mma(dtype, cute.size(smem_tile, mode=[1]))
     thread_copy = cute.make_tiled_copy_C(atom, mma).get_slice(thread)
     cute.copy(atom, thread_copy.retile(rounded), thread_copy.partition_D(smem_tile))
