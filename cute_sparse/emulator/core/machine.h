@@ -40,6 +40,8 @@ struct Instr;
 struct Program;
 struct Device;
 struct GlobalHistory;  // spaces.cpp
+class GridOrder;       // grid_order.h
+std::shared_ptr<GridOrder> make_grid_order();
 
 // ---------------------------------------------------------------------------------------------------------
 // Decoded program
@@ -371,6 +373,7 @@ struct Launch {
   std::vector<uint8_t> parameter_storage;
   std::atomic<uint64_t> next_cluster{0};  // next cluster to start: by the schedule or by cluster launch control
   uint64_t clusters = 0;
+  std::shared_ptr<GridOrder> grid_order = make_grid_order();
   std::atomic<uint64_t> instructions{0};
   std::atomic<bool> failed{false};
 };

@@ -20,6 +20,7 @@ struct AccessDetail {
   bool wide = true;          // the address register has 64 bits
   bool sign_extend = false;
   bool strong = false;       // volatile, relaxed, acquire, release, mmio: does not race with other strong accesses
+  bool acquires = false, releases = false;  // otherwise a strong access does so only together with a fence
   uint32_t bytes() const { return element_bytes * elements; }
 };
 
@@ -111,6 +112,18 @@ uint64_t load_element(const uint8_t* at, const AccessDetail& detail) {
   return value;
 }
 
+uint64_t location(const Place& place) {
+  return place.space == Space::shared ? SHARED_WINDOW | place.address : place.address;
+}
+
+void release_before(Warp& w, const AccessDetail& detail, const Place& place) {
+  if (detail.strong && place.space <= Space::shared) release_at(w, location(place), !detail.releases);
+}
+
+void acquire_after(Warp& w, const AccessDetail& detail, const Place& place) {
+  if (detail.strong && place.space <= Space::shared) acquire_at(w, location(place), !detail.acquires);
+}
+
 Step exec_ld(Warp& w, const Instr& i) {
   const auto& detail = *static_cast<const AccessDetail*>(i.detail);
   const uint32_t* slots = w.program->slot_lists.data() + i.list;
@@ -129,6 +142,7 @@ Step exec_ld(Warp& w, const Instr& i) {
       else w.u32(slot)[l] = width == 2 ? uint32_t(value & 0xffff) : uint32_t(value);
       if (width == 16) std::memcpy(&w.u64(slot + 2)[l], element + 8, 8);
     }
+    acquire_after(w, detail, place);
   });
   return Step::next;
 }
@@ -141,6 +155,7 @@ Step exec_st(Warp& w, const Instr& i) {
     const Place place = place_of(w, i, detail, l);
     uint8_t* at = host_address(w, place, detail, true, l);
     touches.add(place, detail.bytes(), l);
+    release_before(w, detail, place);
     count(w, place.space, true, detail.bytes());
     for (uint32_t e = 0; e < detail.elements; ++e) {
       const uint32_t slot = slots[2 * e], width = slots[2 * e + 1];
@@ -225,6 +240,8 @@ bool decode_ld_st(const Statement& s, Builder& b, bool load) {
   detail.element_bytes = element_bytes(type);
   detail.sign_extend = type[0] == 's';
   detail.strong = is_strong(s);
+  detail.acquires = s.has("acquire");
+  detail.releases = s.has("release");
   const Operand& values = s.operands[load ? 0 : 1];
   const Operand& address = s.operands[load ? 1 : 0];
   detail.elements = values.kind == Operand::Kind::vector ? uint32_t(values.parts.size()) : 1;
@@ -314,6 +331,7 @@ Step exec_atomic(Warp& w, const Instr& i) {
     const Place place = place_of(w, i, detail, l);
     uint8_t* at = host_address(w, place, detail, true, l);
     Touches(w, true, true).add(place, detail.bytes(), l);
+    release_before(w, detail, place);
     count(w, place.space, true, detail.bytes());
     std::lock_guard<std::mutex> lock(atomic_lock(uint64_t(at)));
     for (uint32_t e = 0; e < detail.elements; ++e) {
@@ -328,6 +346,7 @@ Step exec_atomic(Warp& w, const Instr& i) {
         if (wide) w.u64(slots[3 * e])[l] = old; else w.u32(slots[3 * e])[l] = uint32_t(old);
       }
     }
+    if (detail.returns) acquire_after(w, detail, place);
   });
   w.cluster->notify();
   return Step::next;
@@ -351,6 +370,9 @@ bool decode_atomic(const Statement& s, Builder& b, bool returns) {
   if (type == "f16x2" || type == "bf16x2") detail.element_bytes = 4;
   detail.type = type.rfind("bf16", 0) == 0 ? 'g' : type.rfind("f16", 0) == 0 ? 'h' : type[0];
   detail.returns = returns;
+  detail.strong = true;  // .relaxed unless it says more
+  detail.acquires = s.has("acquire") || s.has("acq_rel");
+  detail.releases = s.has("release") || s.has("acq_rel");
   const size_t base = returns ? 1 : 0;
   if (!found || !detail.element_bytes || detail.element_bytes > 8 || s.operands.size() < base + 2) return false;
   const Operand& address = s.operands[base];

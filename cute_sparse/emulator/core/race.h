@@ -79,6 +79,7 @@ struct Conflict {
   bool missing_proxy_fence = false;
   bool uninitialised = false;
   uint64_t address = 0;  // first offending granule
+  int64_t other_cluster = -1;  // of `earlier`, if not the same
   Access earlier{};
 };
 

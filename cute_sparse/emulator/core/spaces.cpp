@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "grid_order.h"
+
 namespace emu {
 
 // Global accesses of one cluster, and the clocks left at global locations by releases.
@@ -13,6 +15,7 @@ struct GlobalHistory {
   static constexpr uint64_t PAGE_BYTES = 1ull << PAGE_SHIFT;
   std::unordered_map<uint64_t, std::unique_ptr<Shadow>> pages;
   std::unordered_map<uint64_t, Clock> locations;
+  std::unique_ptr<ClusterOrder> others;  // null if the grid is one cluster
   uint64_t last_page = UINT64_MAX;
   Shadow* last_shadow = nullptr;
 
@@ -92,7 +95,12 @@ void check_shared(Warp& warp, uint32_t address, uint32_t bytes, uint32_t bytes_e
 }
 
 GlobalHistory& global_history(Cluster& cluster) {
-  if (!cluster.global_history) cluster.global_history = std::make_shared<GlobalHistory>();
+  if (!cluster.global_history) {
+    cluster.global_history = std::make_shared<GlobalHistory>();
+    if (cluster.launch->clusters > 1)
+      cluster.global_history->others =
+          std::make_unique<ClusterOrder>(*cluster.launch->grid_order, cluster.index, cluster.race);
+  }
   return *cluster.global_history;
 }
 
@@ -105,10 +113,9 @@ void check_global(Warp& warp, uint64_t address, uint64_t bytes, uint32_t bytes_e
     Access part = access;
     if (bytes_each) part.lane += int32_t((at - address) / bytes_each);
     Conflict conflict = enter(shadow, at - base, stop - at, bytes_each, part, warp.clock, false);
-    if (conflict.found) {
-      conflict.address += base;
-      report(warp, conflict, "global memory", lane);
-    }
+    conflict.address += base;
+    if (!conflict.found && history.others) conflict = history.others->access(at, stop - at, access, warp.clock);
+    if (conflict.found) report(warp, conflict, "global memory", lane);
     at = stop;
   }
 }
@@ -180,12 +187,14 @@ void touch_global_async(Warp& warp, const Stamp& stamp, uint64_t address, uint64
 
 namespace {
 
-std::string who(const Warp& warp, const Access& access) {
+std::string who(const Warp& warp, const Conflict& conflict) {
+  const Access& access = conflict.earlier;
   const Statement& statement = warp.program->text->statements[access.statement];
   std::string text = access.proxy == Proxy::generic ? "" : access.proxy == Proxy::async ? "async-proxy " : "tensor ";
   text += access.write ? (access.atomic ? "atomic write" : "write") : "read";
   text += access.actor == 0 ? " from before the launch" : " by warp " + std::to_string(access.warp);
   if (access.lane >= 0) text += " lane " + std::to_string(access.lane);
+  if (conflict.other_cluster >= 0) text += " of cluster " + std::to_string(conflict.other_cluster);
   if (warp.cluster->ctas.size() > 1) text += " of CTA rank " + std::to_string(access.cta_rank);
   text += " (PTX line " + std::to_string(statement.line) + ": " + statement.text;
   if (!statement.source.empty()) text += ", " + statement.source;
@@ -203,9 +212,9 @@ void report(Warp& warp, const Conflict& conflict, const char* space, int lane) {
     throw EmulatorError(ErrorKind::uninitialised, "reads " + place + ", which nothing has written", site);
   if (conflict.missing_proxy_fence)
     throw EmulatorError(ErrorKind::missing_proxy_fence,
-                        "reads " + place + " through the async proxy after the " + who(warp, conflict.earlier) +
+                        "reads " + place + " through the async proxy after the " + who(warp, conflict) +
                             ", without fence.proxy.async between", site);
-  throw EmulatorError(ErrorKind::race, "touches " + place + ", not ordered after the " + who(warp, conflict.earlier),
+  throw EmulatorError(ErrorKind::race, "touches " + place + ", not ordered after the " + who(warp, conflict),
                       site);
 }
 
@@ -290,17 +299,20 @@ void fence_proxy(Warp& warp) {
 }
 
 void release_at(Warp& warp, uint64_t address, bool relaxed) {
-  if (!warp.cluster->race.enabled) return;
+  if (!warp.cluster->race.enabled || (relaxed && warp.order.fenced.seen.empty())) return;
   Clock& location = global_history(*warp.cluster).locations[address];
+  if (auto& others = global_history(*warp.cluster).others)
+    others->publish(address, relaxed ? warp.order.fenced : warp.clock);
   if (relaxed) location.join(warp.order.fenced); else release_into(warp, location);
 }
 
 void acquire_at(Warp& warp, uint64_t address, bool relaxed) {
   if (!warp.cluster->race.enabled) return;
-  const auto& locations = global_history(*warp.cluster).locations;
-  const auto found = locations.find(address);
-  if (found == locations.end()) return;
-  if (relaxed) warp.order.unfenced.join(found->second); else acquire(warp, found->second);
+  GlobalHistory& history = global_history(*warp.cluster);
+  Clock& learnt = relaxed ? warp.order.unfenced : warp.clock;
+  if (history.others) history.others->learn(address, learnt);
+  const auto found = history.locations.find(address);
+  if (found != history.locations.end()) learnt.join(found->second);
 }
 
 }  // namespace emu
