@@ -109,13 +109,21 @@ def _artifacts(device: Device, patches: Patches) -> None:
     from cutlass.base_dsl.compiler import CompileOptions, KeepCUBIN, KeepPTX
     from cutlass.base_dsl.jit_executor import JitFunctionArtifacts
 
+    ours: list[Any] = []  # options that we have switched on; cute.compile uses the same ones again
+
+    def let_go() -> None:
+        while ours:
+            ours.pop().value = False
+
     def apply_envar_settings(options: CompileOptions, envar: Any, function_name: str) -> None:
+        let_go()
         apply(options, envar, function_name)
         arch = options.gpu_arch or envar.arch
         for option, suffix, attribute in ((KeepPTX, "ptx", "full_ptx_path"), (KeepCUBIN, "cubin", "full_cubin_path")):
             keep = options.options[option]
             if not keep.value:  # a user who keeps them has named a place already
                 keep.value = True
+                ours.append(keep)
                 options._set_artifact_dump_paths(
                     keep, str(device.dump_directory), function_name, arch, suffix, attribute
                 )
@@ -131,6 +139,7 @@ def _artifacts(device: Device, patches: Patches) -> None:
 
     apply = patches.set(CompileOptions, "apply_envar_settings", apply_envar_settings)
     read = patches.set(JitFunctionArtifacts, "__post_init__", post_init)
+    patches.on_restore(let_go)
 
 
 def _host_code(device: Device, patches: Patches) -> None:
