@@ -53,7 +53,8 @@ SUPPORTS = frozenset(
 )
 
 GROUP_THREADS = WARPS_PER_GROUP * THREADS_PER_WARP
-FRAGMENT = 32  # columns of S that are exponentiated, rounded and stored together; columns of O stored together
+FRAGMENT = 32  # columns of S that are exponentiated, rounded and stored together
+STORE_FRAGMENT = 16  # columns of O in registers at a time at the end
 RESCALE_FRAGMENT = 16  # columns of O in registers at a time, beside a whole row of S
 STORE_ELEMENTS = 8  # 16 bytes: one store
 KEPT, SKIPPED = 1, 2  # in the skip map
@@ -720,18 +721,24 @@ class Prefill:
             mO = op.prefill.out.sequence(tile.head_idx, tile.batch_idx, work.span_q)
             for s in cutlass.range_constexpr(config.query_tiles):
                 q_idx = (tile.m_block * config.query_tiles + s) * TILE_M + row
-                factor = Float32(0.0)
+                gO = mO[q_idx, None]
+                exists = q_idx < work.span_q.length
                 if work.ranges[s].begin < work.ranges[s].end:
                     cute.arch.mbarrier_wait(pipes.row_done + s, parity >> s & 1)
                     factor = tiles.sFactor[row, s]
                     cute.arch.mbarrier_wait(pipes.o_done + s, parity >> s & 1)
                     tmem.fence_after_sync()
                     parity = parity ^ (1 << s)
-                gO = mO[q_idx, None]
-                for first_column in cutlass.range_constexpr(0, config.head_dim_v, RESCALE_FRAGMENT):
-                    columns = tmem.load_row(lane + plan.outputs[s] + first_column, RESCALE_FRAGMENT, RESCALE_FRAGMENT)
-                    if q_idx < work.span_q.length:
-                        self._store_columns(gO, first_column, columns, factor)
+                    output = lane + plan.outputs[s]
+                    for first_column in cutlass.range_constexpr(0, config.head_dim_v, STORE_FRAGMENT):
+                        columns = tmem.load_row(output + first_column, STORE_FRAGMENT, STORE_FRAGMENT)
+                        if exists:
+                            self._store_columns(gO, first_column, columns, factor)
+                else:  # nothing was multiplied
+                    zeros = [Float32(0.0)] * STORE_FRAGMENT
+                    for first_column in cutlass.range_constexpr(0, config.head_dim_v, STORE_FRAGMENT):
+                        if exists:
+                            self._store_columns(gO, first_column, zeros, Float32(0.0))
             tile, claim = schedule.next(tile, claim)
 
     @cute.jit
