@@ -26,6 +26,9 @@ class Core:
         lib.emulator_unload_library.argtypes = [ctypes.c_void_p]
         dimensions, pointers = ctypes.POINTER(u32), ctypes.POINTER(ctypes.c_void_p)
         lib.emulator_launch_ptx.argtypes = [text, text, dimensions, u32, pointers]
+        lib.emulator_record.argtypes = [ctypes.c_int]
+        lib.emulator_recorded_ptx.restype = ctypes.c_void_p
+        lib.emulator_replay.argtypes = [text, ctypes.c_int, u64]
         lib.emulator_launch_count.restype = ctypes.c_size_t
         lib.emulator_launch.argtypes = [ctypes.c_size_t]
         lib.emulator_launch.restype = ctypes.c_void_p
@@ -60,6 +63,20 @@ class Core:
     def launch_ptx(self, ptx: str, kernel: str, dimensions: object, shared_bytes: int, arguments: object) -> None:
         """Launches a kernel of a PTX text; an error stays pending (take_error)."""
         self._lib.emulator_launch_ptx(ptx.encode(), kernel.encode(), dimensions, shared_bytes, arguments)
+
+    def record(self, records: bool) -> None:
+        """From now on the last launch is kept, with all memory before and after it, for `replay`."""
+        self._lib.emulator_record(records)
+
+    def recorded_ptx(self) -> str:
+        return self._text(self._lib.emulator_recorded_ptx())
+
+    def replay(self, ptx: str, order: str, seed: int) -> bool:
+        """Runs the recorded launch with another PTX; True if it leaves the same memory. Raises what it raises."""
+        status = self._lib.emulator_replay(ptx.encode(), ORDERS.index(order), seed)
+        if status > 1:
+            raise self.take_error() from None
+        return status == 0
 
     def launch_count(self) -> int:
         return self._lib.emulator_launch_count()

@@ -55,12 +55,6 @@ class Json {
   }
 };
 
-char* owned_by_caller(const std::string& text) {
-  char* copy = static_cast<char*>(std::malloc(text.size() + 1));
-  std::memcpy(copy, text.c_str(), text.size() + 1);
-  return copy;
-}
-
 struct Times { uint64_t issued = 0, executed = 0; };
 
 void write_role(Json& json, const LaunchRecord::Role& role, const Program& program) {
@@ -98,6 +92,12 @@ std::map<uint32_t, uint64_t> executed_by_line(const LaunchRecord& record) {
 }
 
 }  // namespace
+
+char* owned_by_caller(const std::string& text) {
+  char* copy = static_cast<char*>(std::malloc(text.size() + 1));
+  std::memcpy(copy, text.c_str(), text.size() + 1);
+  return copy;
+}
 
 std::string launch_as_json(const LaunchRecord& record) {
   Json json;

@@ -107,4 +107,11 @@ std::string Memory::describe(uint64_t address, uint64_t bytes) const {
   return what + ": no memory is registered";
 }
 
+std::vector<Range> Memory::all() const {
+  std::shared_lock<std::shared_mutex> lock(mutex_);
+  std::vector<Range> result;
+  for (const auto& [begin, range] : ranges_) result.push_back(*range);
+  return result;
+}
+
 }  // namespace emu

@@ -7,6 +7,7 @@
 #include <memory>
 #include <shared_mutex>
 #include <string>
+#include <vector>
 
 namespace emu {
 
@@ -33,6 +34,7 @@ class Memory {
   const Range* find(uint64_t address, uint64_t bytes) const;
   // The nearest range below or around an address, for messages: "3 bytes past tensor 'k' (4096 bytes)".
   std::string describe(uint64_t address, uint64_t bytes) const;
+  std::vector<Range> all() const;
 
  private:
   mutable std::shared_mutex mutex_;

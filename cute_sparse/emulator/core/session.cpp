@@ -192,7 +192,11 @@ void Session::launch(const CudaLaunchConfig& cuda, Kernel& kernel, void** argume
   auto module = module_of(*kernel.library->program);
   check_shared_memory(cuda.dynamic_shared_bytes, static_shared_bytes(kernel), kernel);
   config.dynamic_shared_bytes = uint32_t(cuda.dynamic_shared_bytes);
+  if (records)
+    recording.capture_before(device.memory, kernel.library->program->ptx, *module->programs.at(kernel.name), config,
+                             arguments);
   LaunchRecord record = run_launch(device, module, kernel.name, config, arguments);
+  if (records) recording.capture_after(record.warp_instructions);
   launches.push_back(launch_as_json(record));
 }
 

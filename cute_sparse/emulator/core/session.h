@@ -11,6 +11,7 @@
 
 #include "error.h"
 #include "machine.h"
+#include "replay.h"
 
 namespace emu {
 
@@ -82,6 +83,8 @@ class Session {
   void launch(const CudaLaunchConfig& config, Kernel& kernel, void** arguments);
   int device_attribute(int attribute) const;
 
+  bool records = false;  // keep the last launch for replay
+  Recording recording;
   std::vector<std::string> launches;  // of this device, each as JSON (see c_api.h)
 
   // Runs `work`; an EmulatorError becomes this thread's pending error and a CUDA status.
@@ -114,6 +117,7 @@ class Session {
 };
 
 std::string launch_as_json(const LaunchRecord& record);
+char* owned_by_caller(const std::string& text);  // c_api.cpp: a copy that emulator_free frees
 std::string error_as_json(const EmulatorError& error);
 
 }  // namespace emu

@@ -1,0 +1,158 @@
+"""Removes one synchronisation statement at a time from a kernel and asks whether anybody notices.
+
+    python -m cute_sparse.emulator.mutate --arch sm_90a script.py ARGS
+
+runs an unmodified script as `python -m cute_sparse.emulator` does; each kernel is surveyed at its first launch: every
+reached wait, arrive, commit, fence and barrier of its PTX is removed in turn and the launch is replayed from the same
+memory, first in eager, then in late, then in random orders. A removal is noticed if a check fails, the launch
+deadlocks, or memory differs bit by bit from what the unmodified kernel left. What nobody notices is either a hole in
+the checks or a statement that cannot matter; each is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cute_sparse import emulator
+from cute_sparse.emulator.devices import Device
+from cute_sparse.emulator.errors import EmulatorError
+
+SCHEDULES = (("eager", 0), ("late", 0), *(("random", seed) for seed in range(4)))
+
+# Statements whose only effect is order. A removed wait is one that succeeds at once; the rest vanish.
+WAITS = re.compile(r"mbarrier\.(try_wait|test_wait)\b")
+REMOVED = re.compile(
+    r"mbarrier\.arrive\b|mbarrier\.expect_tx\b|bar\.|barrier\.(sync|arrive|cluster)|barrier\.cta\.(sync|arrive)|fence\b|membar\b"
+    r"|wgmma\.(fence|commit_group|wait_group)|tcgen05\.(commit|wait|fence)"
+    r"|cp\.async\.(commit_group|wait_group|wait_all|bulk\.commit_group|bulk\.wait_group|mbarrier)"
+)
+STATEMENT = re.compile(r"^(?P<indent>\s*)(?P<guard>@!?\S+\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>[^;]*);(?P<rest>.*)$")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A statement that was removed. line: 1-based in the PTX. times: how often warps executed it."""
+
+    line: int
+    text: str
+    times: int
+
+    @property
+    def shape(self) -> str:
+        """The statement without the names of its registers: what an explanation is filed under."""
+        return re.sub(r"%\w+", "%", self.text)
+
+
+@dataclass
+class Survey:
+    """noticed: by mutation, how ("RaceDetected in eager", "other result in late"). survived: those nobody noticed."""
+
+    kernel: str
+    noticed: dict[Mutation, str] = field(default_factory=dict)
+    survived: list[Mutation] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return len(self.noticed) + len(self.survived)
+
+    @property
+    def share(self) -> float:
+        return len(self.noticed) / self.total if self.total else 1.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.kernel}: {len(self.noticed)} of {self.total} removals noticed ({self.share:.1%})"]
+        ways = Counter(self.noticed.values())
+        lines += [f"  {count:4} {way}" for way, count in ways.most_common()]
+        lines += [f"  survived: line {m.line} (executed {m.times} times): {m.text}" for m in self.survived]
+        return "\n".join(lines)
+
+
+def mutations(ptx: str, reached: Mapping[int, int]) -> Iterator[tuple[Mutation, str]]:
+    """Every removal of a reached synchronisation statement, with the PTX that results."""
+    lines = ptx.split("\n")
+    for index, line in enumerate(lines):
+        found = STATEMENT.match(line)
+        times = reached.get(index + 1, 0)
+        if found is None or not times:
+            continue
+        opcode = found["opcode"]
+        if WAITS.match(opcode):
+            predicate = found["operands"].split(",")[0].strip()
+            replacement = f"{found['indent']}{found['guard'] or ''}setp.eq.u32 {predicate}, 0, 0;{found['rest']}"
+        elif REMOVED.match(opcode):
+            replacement = f"{found['indent']}{found['rest']}"
+        else:
+            continue
+        text = " ".join(line.split())
+        yield Mutation(index + 1, text, times), "\n".join([*lines[:index], replacement, *lines[index + 1 :]])
+
+
+def survey(device: Device, schedules: Sequence[tuple[str, int]] = SCHEDULES) -> Survey:
+    """Surveys the device's last launch, which must have been recorded (`device.core.record(True)` before it).
+
+    Raises EmulatorError if the unmodified kernel does not pass every schedule with the same memory: a survey of a
+    kernel that is wrong, or whose result depends on the order, says nothing.
+    """
+    core, launch = device.core, device.launches[-1]
+    ptx = core.recorded_ptx()
+    for order, seed in schedules:
+        if not core.replay(ptx, order, seed):
+            raise EmulatorError(f"the unmodified kernel leaves other memory in order {order}, seed {seed}")
+    result = Survey(launch.name)
+    for mutation, mutated in mutations(ptx, launch.lines):
+        how = _how_noticed(device, mutated, schedules)
+        if how is None:
+            result.survived.append(mutation)
+        else:
+            result.noticed[mutation] = how
+    return result
+
+
+def _how_noticed(device: Device, ptx: str, schedules: Sequence[tuple[str, int]]) -> str | None:
+    for order, seed in schedules:
+        try:
+            if not device.core.replay(ptx, order, seed):
+                return f"other result in {order}"
+        except EmulatorError as error:
+            return f"{type(error).__name__} in {order}"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cute_sparse.emulator.mutate", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", required=True, choices=list(emulator.ARCHES))
+    parser.add_argument("--sms", type=int, default=4)
+    parser.add_argument("script")
+    parser.add_argument("script_arguments", nargs=argparse.REMAINDER, metavar="ARGS")
+    options = parser.parse_args(arguments)
+    if not Path(options.script).is_file():
+        parser.error(f"no such script: {options.script}")
+    surveyed: set[str] = set()
+
+    device = emulator.device(options.arch, sms=options.sms, torch_cuda=True)
+
+    def on_launch(launch: emulator.Launch) -> None:
+        if launch.name not in surveyed:
+            surveyed.add(launch.name)
+            print(survey(device), flush=True)
+
+    device.on_launch = on_launch
+    sys.argv = [options.script, *options.script_arguments]
+    sys.path.insert(0, str(Path(options.script).resolve().parent))
+    with device:
+        device.core.record(True)
+        try:
+            runpy.run_path(options.script, run_name="__main__")
+        finally:
+            device.core.record(False)
+
+
+if __name__ == "__main__":
+    main()
