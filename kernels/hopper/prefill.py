@@ -513,7 +513,7 @@ class HopperPrefill:
         if const_expr(self.sparse):
             wants = softmax.wants(thread_max, self._sees_key(consumer, n_block))
             keeps = wgmma.any_of_warpgroup(wants, NamedBarrier.VOTE + thread.warpgroup)
-            self._record(consumer, n_block, keeps)
+        self._record(consumer, n_block, keeps)
         if keeps:
             moved, factors = softmax.advance(scores, thread_max, threshold_raw)
             warpgroup.wait_group(0)
