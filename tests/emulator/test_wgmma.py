@@ -442,7 +442,8 @@ def test_scale_d_must_agree_in_a_warp(kernel):
 def test_all_warps_of_a_warpgroup_execute_the_same(kernel):
     choose = "setp.lt.u32 %p3, %tid, 32; @%p3 bra OTHER;"
     branches = choose + instruction("bf16", 8) + "bra JOIN; OTHER:" + instruction("bf16", 8) + "JOIN:"
-    refused(kernel, FENCE + branches + COMMIT_AND_WAIT, emulator.errors.ConvergenceError, "another warp of the warpgroup", scale=0)
+    body = FENCE + branches + COMMIT_AND_WAIT
+    refused(kernel, body, emulator.errors.ConvergenceError, "another warp of the warpgroup", scale=0)
 
 
 def test_a_warpgroup_needs_four_warps(run):
