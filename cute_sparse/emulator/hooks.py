@@ -230,8 +230,20 @@ class _EmulatedFunction(Emulated):
         with _launching(self):
             executor = super().to(device)
         executor.__class__ = emulated_class(type(executor))
-        executor.emulated_arch = self.emulated_arch
+        executor.emulated_arch, executor.function_name = self.emulated_arch, self.function_name
+        executor.capi_func = _guarded_entry(executor, executor.capi_func)
         return executor
+
+
+def _guarded_entry(executor: Emulated, entry: Callable) -> Callable:
+    """The host code's entry for those who call it themselves, without the executor's marshalling."""
+
+    def call(arguments: Any) -> Any:
+        with _launching(executor):
+            return entry(arguments)
+
+    call.restype = entry.restype  # type: ignore[attr-defined]
+    return call
 
 
 class _EmulatedExecutor(Emulated):
@@ -317,8 +329,17 @@ class _launching:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         self._device.report_launches()
-        if not isinstance(error, errors.EmulatorError):
-            self._device.raise_pending()
+        self._device.raise_pending()
+        wrapped = _emulator_error_in(error)
+        if wrapped is not None and wrapped is not error:
+            raise wrapped from None
+
+
+def _emulator_error_in(error: BaseException | None) -> errors.EmulatorError | None:
+    """The emulator's error inside the one that the DSL made of it."""
+    while error is not None and not isinstance(error, errors.EmulatorError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
