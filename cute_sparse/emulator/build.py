@@ -43,9 +43,12 @@ def find_compiler() -> str:
 
 
 def cache_directory() -> Path:
-    """Where built libraries live: $CUTE_SPARSE_CACHE_DIR, or $XDG_CACHE_HOME or ~/.cache."""
-    if os.environ.get("CUTE_SPARSE_CACHE_DIR"):
-        return Path(os.environ["CUTE_SPARSE_CACHE_DIR"]) / "emulator"
+    """Where built libraries live: $CUTE_SPARSE_EMULATOR_DIR, or in $XDG_CACHE_HOME or ~/.cache.
+
+    Not in $CUTE_SPARSE_CACHE_DIR: those who empty the kernel cache (or test with a fresh one) want no new build.
+    """
+    if os.environ.get("CUTE_SPARSE_EMULATOR_DIR"):
+        return Path(os.environ["CUTE_SPARSE_EMULATOR_DIR"])
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "cute_sparse" / "emulator"
 
