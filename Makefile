@@ -33,5 +33,5 @@ $(TEST_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(DEMO_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install -c constraints.txt -e '.[models]'
+	$(PIP) install -c constraints.txt -e '.[emulator,models]'
 	touch $@
