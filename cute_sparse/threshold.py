@@ -59,9 +59,14 @@ def _resolve_tensor(threshold: torch.Tensor, batch: int, heads_q: int, device: t
     if threshold.requires_grad:
         raise NotImplementedError("threshold requires grad; gradients with respect to the threshold do not exist")
     strides = _strides(threshold, batch, heads_q)
-    if device.type == "cpu" and not bool(((threshold > 0) & (threshold <= 1)).all()):
-        raise ValueError(f"the threshold tensor holds {_offender(threshold)}; every element must be in (0, 1]")
+    check_values(threshold)
     return Threshold(0.0, threshold, *strides)
+
+
+def check_values(threshold: torch.Tensor) -> None:
+    """Raise ValueError for a tensor in CPU memory with an element outside (0, 1]; on another device, do nothing."""
+    if threshold.device.type == "cpu" and not bool(((threshold > 0) & (threshold <= 1)).all()):
+        raise ValueError(f"the threshold tensor holds {_offender(threshold)}; every element must be in (0, 1]")
 
 
 def _strides(threshold: torch.Tensor, batch: int, heads_q: int) -> tuple[int, int]:
