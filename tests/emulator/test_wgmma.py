@@ -316,6 +316,27 @@ def test_operands_may_not_be_overwritten_before_wait_group(kernel):
         kernel(mma + "bar.sync 0;" + write + wait, scale=0)
 
 
+def test_a_barrier_between_wgmma_and_its_commit_comes_too_late(kernel):
+    """Warp 0 writes operand B; the other warps' wgmmas read it before they meet warp 0."""
+    both_in_shared(kernel, "bf16", 8)
+    write = "setp.eq.u32 %p3, %tid, 0; @%p3 st.shared.b32 [%base+16384], %tid; fence.proxy.async.shared::cta;"
+    mma, meet = "wgmma.fence.sync.aligned;" + instruction("bf16", 8), "bar.sync 0;"
+    kernel(write + meet + mma + COMMIT_AND_WAIT, scale=0)
+    with pytest.raises(emulator.errors.RaceDetected):
+        kernel(write + mma + meet + COMMIT_AND_WAIT, scale=0)
+
+
+def test_a_group_may_go_on_behind_a_barrier(kernel):
+    """Warp 0 writes the second wgmma's operand B while the first one may be running."""
+    both_in_shared(kernel, "bf16", 8)
+    kernel.put(packed(8, 16, 2, False, "128B", 24576), integers(8, 16, seed=5))
+    write = "setp.eq.u32 %p3, %tid, 0; @%p3 st.shared.b32 [%base+24576], %tid; fence.proxy.async.shared::cta;"
+    mma, second = "wgmma.fence.sync.aligned;" + instruction("bf16", 8), "add.s64 %b, %b, 512;" + instruction("bf16", 8)
+    kernel(mma + write + "bar.sync 0;" + second + COMMIT_AND_WAIT, scale=0)
+    with pytest.raises(emulator.errors.RaceDetected):
+        kernel(mma + write + second + "bar.sync 0;" + COMMIT_AND_WAIT, scale=0)
+
+
 def test_an_operand_must_lie_in_the_ctas_shared_memory(kernel):
     both_in_shared(kernel, "bf16", 8)
     kernel.b += ADDRESS_SPACE >> 4
@@ -392,6 +413,16 @@ def test_a_wait_for_too_few_groups(kernel):
     assert torch.equal(from_fragments(kernel.sums[4:], 8), expected)
     with pytest.raises(emulator.errors.InFlightAccess):
         kernel(two + store(4, 1), scale=0)
+
+
+def test_accumulators_are_in_use_until_the_last_group_that_uses_them(kernel):
+    step = instruction("bf16", 8) + "wgmma.commit_group.sync.aligned;"
+    chain = ZERO + FENCE + step + step
+    expected = both_in_shared(kernel, "bf16", 8)
+    kernel(chain + "wgmma.wait_group.sync.aligned 0;" + store(0, 4))
+    assert torch.equal(from_fragments(kernel.sums, 8), 2 * expected)
+    with pytest.raises(emulator.errors.InFlightAccess, match="wait_group"):
+        kernel(chain + "wgmma.wait_group.sync.aligned 1;" + store(0, 4))
 
 
 def test_operand_a_is_in_use_until_wait_group(kernel):
