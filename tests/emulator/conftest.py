@@ -14,8 +14,10 @@ def arch(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def device(arch: str):
-    with emulator.device(arch, sms=2, threads=1, max_warp_instructions=2_000_000) as entered:
+def device(arch: str, request: pytest.FixtureRequest):
+    """An entered device; a test may parametrize it indirectly with settings of emulator.device."""
+    settings = {"sms": 2, "threads": 1, "max_warp_instructions": 2_000_000} | getattr(request, "param", {})
+    with emulator.device(arch, **settings) as entered:
         yield entered
 
 

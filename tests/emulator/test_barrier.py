@@ -15,7 +15,9 @@ PROLOGUE = """
     setp.eq.u32 %p0, %r0, 0; mul.wide.u32 %d1, %r0, 4; add.s64 %d1, %d0, %d1; shl.b32 %r3, %r0, 2; add.u32 %r3, %r1, %r3;
     mov.u32 %r4, %laneid;
 """
-ORDERS = ("eager", "late", "random")
+IN_EVERY_ORDER = pytest.mark.parametrize(
+    "device", [{"order": order} for order in ("eager", "late", "random")], indirect=True, ids=lambda s: s["order"]
+)
 
 
 def start(run, body: str, words: int = 256, block: int = 32, **launch) -> list[int]:
@@ -31,20 +33,18 @@ def start(run, body: str, words: int = 256, block: int = 32, **launch) -> list[i
 SWAP_WARPS = "st.shared.b32 [%r3], %r0; {sync} xor.b32 %r5, %r0, 32; shl.b32 %r5, %r5, 2; add.u32 %r5, %r5, %r1; ld.shared.b32 %r6, [%r5]; st.global.b32 [%d1], %r6;"
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@IN_EVERY_ORDER
 @pytest.mark.parametrize(
     "sync",
     ["bar.sync 0;", "bar.cta.sync 3, 64;", "barrier.sync 15;", "barrier.cta.sync.aligned 1, 64;", "mov.u32 %r9, 7; bar.sync %r9, 64;",
      "bar.red.popc.u32 %r9, 2, %p0;"],
 )  # fmt: skip
-def test_a_barrier_orders_the_memory_of_its_threads(run, device, order, sync):
-    device.order = order
+def test_a_barrier_orders_the_memory_of_its_threads(run, sync):
     assert start(run, SWAP_WARPS.format(sync=sync), words=64, block=64) == [t ^ 32 for t in range(64)]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_producers_arrive_and_consumers_wait(run, device, order):
-    device.order = order
+@IN_EVERY_ORDER
+def test_producers_arrive_and_consumers_wait(run):
     body = """
     setp.ge.u32 %p1, %r2, 2; @%p1 bra CONSUMER;
     st.shared.b32 [%r3], %r0; bar.arrive 1, 96; bra END;

@@ -14,7 +14,9 @@ PROLOGUE = """
     mov.u32 %r0, %tid.x; mov.u32 %r1, bars; mov.u32 %r2, data; ld.param.b64 %d0, [out];
     setp.eq.u32 %p0, %r0, 0;
 """
-ORDERS = ("eager", "late", "random")
+IN_EVERY_ORDER = pytest.mark.parametrize(
+    "device", [{"order": order} for order in ("eager", "late", "random")], indirect=True, ids=lambda s: s["order"]
+)
 
 
 def start(run, body: str, words: int = 8, block: int = 32, **launch) -> list[int]:
@@ -97,9 +99,8 @@ def test_lanes_may_wait_on_different_barriers_and_parities(run):
     assert start(run, body)[0] == 0x55555555
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_waiting_warp_sees_what_was_written_before_the_arrival(run, device, order):
-    device.order = order
+@IN_EVERY_ORDER
+def test_a_waiting_warp_sees_what_was_written_before_the_arrival(run):
     body = init(32) + """
     mul.lo.u32 %r3, %r0, 4; add.u32 %r3, %r3, %r2;
     setp.ge.u32 %p2, %r0, 32; @%p2 bra CONSUMER;

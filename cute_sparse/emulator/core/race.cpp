@@ -89,7 +89,7 @@ static uint32_t index_of(AccessId id) { return id >> LANE_BITS; }
 
 static bool same_but_lane(const Access& a, const Access& b) {
   return a.actor == b.actor && a.epoch == b.epoch && a.statement == b.statement && a.proxy == b.proxy &&
-         a.write == b.write && a.atomic == b.atomic && (a.lane < 0) == (b.lane < 0) && a.warp == b.warp &&
+         a.write == b.write && a.atomic == b.atomic && a.unordered == b.unordered && (a.lane < 0) == (b.lane < 0) && a.warp == b.warp &&
          a.cta_rank == b.cta_rank;
 }
 
@@ -211,7 +211,8 @@ Shadow::~Shadow() {
 // otherwise.
 static bool ordered(const Access& earlier, uint32_t lane, const Access& access, const Clock& clock,
                     Conflict& conflict) {
-  if (earlier.actor == access.actor || (earlier.atomic && access.atomic)) return true;
+  if (earlier.atomic && access.atomic) return true;
+  if (earlier.actor == access.actor && !access.unordered) return true;
   const bool by_lane = earlier.lane >= 0;
   auto conflicts = [&] {
     conflict.found = true;

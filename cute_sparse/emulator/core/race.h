@@ -3,7 +3,8 @@
 //
 // Actors. A warp is an actor. So is every mbarrier (the asynchronous copies that signal it, epoch = the phase
 // they complete), every in-order asynchronous queue (wgmma groups of a warp, the tensor core of a CTA, bulk
-// stores of a thread, tcgen05.ld/st of a warp; epoch = position in the queue). An access is stamped with
+// stores of a thread, tcgen05.ld/st of a warp; epoch = position in the queue). Accesses of one actor are ordered among
+// themselves, except those of an mbarrier. An access is stamped with
 // (actor, epoch); a later access by somebody whose clock has not reached that epoch conflicts with it.
 //
 // Clock.seen[a]: epochs of actor a known to have happened. Clock.proxied[a]: of those, which generic-proxy
@@ -66,6 +67,7 @@ struct Access {
   uint32_t epoch = 0;
   Proxy proxy = Proxy::generic;
   bool write = false;
+  bool unordered = false;   // the actor's own accesses are not ordered: copies that signal one mbarrier
   bool atomic = false;      // atomics and reductions do not conflict with each other
   uint32_t warp = 0;        // for messages: issuing warp, CTA rank and statement
   uint32_t cta_rank = 0;

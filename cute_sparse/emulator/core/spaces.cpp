@@ -67,6 +67,39 @@ Access access_by(Warp& warp, ActorId actor, uint32_t epoch, Proxy proxy, bool wr
   return access;
 }
 
+// While it lives, the warp's clock holds only what its executing lanes may publish, or rely on: of the warp's own
+// accesses, those before its last convergence and those of these lanes.
+class PublishedView {
+ public:
+  explicit PublishedView(Warp& warp) : clock_(warp.clock), actor_(warp.actor) {
+    if ((warp.mask & warp.live) == warp.live) return;
+    partial_ = true;
+    seen_ = clock_.at(actor_);
+    proxied_ = clock_.proxied_at(actor_);
+    clock_.seen[actor_] = std::min(seen_, warp.order.converged);
+    if (proxied_) clock_.proxied[actor_] = std::min(proxied_, warp.order.converged);
+    clock_.partial.push_back({actor_, warp.mask, seen_, proxied_});
+  }
+  ~PublishedView() {
+    if (!partial_) return;
+    clock_.partial.pop_back();
+    clock_.seen[actor_] = seen_;
+    if (proxied_) clock_.proxied[actor_] = proxied_;
+  }
+
+ private:
+  Clock& clock_;
+  ActorId actor_;
+  bool partial_ = false;
+  uint32_t seen_ = 0, proxied_ = 0;
+};
+
+Access async_access(Warp& warp, const Stamp& stamp, bool write, bool atomic) {
+  Access access = access_by(warp, stamp.actor, stamp.epoch, stamp.proxy, write, atomic, -1);
+  access.unordered = stamp.unordered;
+  return access;
+}
+
 Access generic_access(Warp& warp, bool write, bool atomic, int lane) {
   const bool one_lane = (warp.mask & (warp.mask - 1)) == 0;
   if (lane < 0 && one_lane) lane = int(warp.first_lane());
@@ -177,12 +210,14 @@ void touch_global_lanes(Warp& warp, uint64_t address, uint64_t bytes, uint32_t b
 
 void touch_shared_async(Warp& warp, const Stamp& stamp, uint32_t address, uint32_t bytes, bool write) {
   if (!warp.cluster->race.enabled) return;
-  check_shared(warp, address, bytes, 0, access_by(warp, stamp.actor, stamp.epoch, stamp.proxy, write, false, -1), -1);
+  PublishedView view(warp);
+  check_shared(warp, address, bytes, 0, async_access(warp, stamp, write, false), -1);
 }
 
 void touch_global_async(Warp& warp, const Stamp& stamp, uint64_t address, uint64_t bytes, bool write, bool atomic) {
   if (!warp.cluster->race.enabled) return;
-  check_global(warp, address, bytes, 0, access_by(warp, stamp.actor, stamp.epoch, stamp.proxy, write, atomic, -1), -1);
+  PublishedView view(warp);
+  check_global(warp, address, bytes, 0, async_access(warp, stamp, write, atomic), -1);
 }
 
 namespace {
@@ -224,40 +259,13 @@ Stamp signal_stamp(Warp& warp, uint32_t address) {
     warp.fail(ErrorKind::missing_proxy_fence,
               "signals the mbarrier at " + hex(address) + " through the async proxy, but no fence.mbarrier_init or "
               "fence.proxy.async follows its mbarrier.init by warp " + std::to_string(barrier.init_warp));
-  return {barrier.actor, uint32_t(barrier.phase + 1), Proxy::async};
+  return {barrier.actor, uint32_t(barrier.phase + 1), Proxy::async, true};
 }
 
 // ---------------------------------------------------------------------------------------------------------
 // Release and acquire
 
 namespace {
-
-// While it lives, the warp's clock holds only what its executing lanes may publish: of the warp's own accesses, those
-// before its last convergence and those of these lanes.
-class PublishedView {
- public:
-  explicit PublishedView(Warp& warp) : clock_(warp.clock), actor_(warp.actor) {
-    if ((warp.mask & warp.live) == warp.live) return;
-    partial_ = true;
-    seen_ = clock_.at(actor_);
-    proxied_ = clock_.proxied_at(actor_);
-    clock_.seen[actor_] = std::min(seen_, warp.order.converged);
-    if (proxied_) clock_.proxied[actor_] = std::min(proxied_, warp.order.converged);
-    clock_.partial.push_back({actor_, warp.mask, seen_, proxied_});
-  }
-  ~PublishedView() {
-    if (!partial_) return;
-    clock_.partial.pop_back();
-    clock_.seen[actor_] = seen_;
-    if (proxied_) clock_.proxied[actor_] = proxied_;
-  }
-
- private:
-  Clock& clock_;
-  ActorId actor_;
-  bool partial_ = false;
-  uint32_t seen_ = 0, proxied_ = 0;
-};
 
 void next_epoch(Warp& warp) { ++warp.clock.seen[warp.actor]; }
 

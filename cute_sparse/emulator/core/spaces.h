@@ -9,6 +9,7 @@ struct Stamp {
   ActorId actor = 0;
   uint32_t epoch = 0;
   Proxy proxy = Proxy::async;
+  bool unordered = false;  // see Access
 };
 
 // Host pointer to `bytes` of shared memory at a 32-bit shared address (any CTA of the cluster). Fails through the
