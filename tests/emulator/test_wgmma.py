@@ -288,12 +288,14 @@ def test_exactly_the_operands_are_read(kernel):
     body = "wgmma.fence.sync.aligned;" + instruction("bf16", 16) + COMMIT_AND_WAIT + store(0, 8)
     kernel(body, scale=0)
     whole = dict(kernel.image)
-    for missing in [16 * 7, 16384 + 1024, list(whole)[-1], list(whole)[0]]:
+    rows_of_a = 64
+    for row, warp in [(0, 0), (40, 2), (63, 3), (rows_of_a, None), (rows_of_a + 15, None)]:  # every warp reads all of B
+        missing = list(whole)[2 * row]  # a row is two chunks
         kernel.image = {place: chunk for place, chunk in whole.items() if place != missing}
-        if len(kernel.image) == len(whole):
-            continue
-        with pytest.raises(emulator.errors.Uninitialised, match="shared memory"):
+        with pytest.raises(emulator.errors.Uninitialised, match="shared memory") as error:
             kernel(body, scale=0)
+        assert warp is None or error.value.warp == warp
+        assert "wgmma.mma_async" in error.value.ptx_text
 
 
 def test_generic_writes_need_a_proxy_fence(kernel):
