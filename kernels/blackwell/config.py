@@ -163,8 +163,8 @@ def _two_query_tiles(problem: Problem, exp2_emulated: int) -> PrefillConfig | No
         v_stages=stages[1],
         p_early_columns=96,
         exp2_emulated=exp2_emulated,
-        registers_softmax=192,
-        registers_correction=64,
+        registers_softmax=200,
+        registers_correction=48,
         registers_other=64,
     )
 

@@ -14,7 +14,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.blackwell_helpers as sm100
-from cutlass import Float32, Int32, Int64, Uint8, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from cute_sparse.device.bundles import PrefillOperands, TokenTensor, log2_threshold, prefill_operands
@@ -59,6 +59,7 @@ RESCALE_FRAGMENT = 16  # columns of O in registers at a time, beside a whole row
 STORE_ELEMENTS = 8  # 16 bytes: one store
 KEPT, SKIPPED = 1, 2  # in the skip map
 BARRIERS_PER_PIPE = 2  # query tiles or score buffers, whichever are more
+DECISIONS = 8  # skip decisions remembered per query tile: more than the load warp may lag behind the vote
 TILE_ALIGN_BYTES = 1024  # shared-memory tiles: one repetition of the widest swizzle
 
 
@@ -82,6 +83,7 @@ class Pipes(NamedTuple):
     o_step: Any
     o_done: Any
     row_done: Any
+    decided: Any  # (query tile, slot of DECISIONS)
 
 
 class Tiles(NamedTuple):
@@ -91,7 +93,7 @@ class Tiles(NamedTuple):
     sK: Any  # (MMA, MMA_N, MMA_K, slot)
     sV: Any  # (MMA, MMA_N, MMA_K, slot)
     sFactor: Any  # (TILE_M, query tile) fp32: what the rows of O are multiplied with at the end
-    sKeep: Any  # (score buffer,) int32: whether the tile whose P is ready was kept
+    sKeep: Any  # (DECISIONS, query tile) int32: whether a KV tile was kept, at its number modulo DECISIONS
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ class Prefill:
       o_step    mma -> softmax, with one query tile: 1 commit of a P V. O may be rescaled
       o_done    mma -> correction: query tiles; 1 commit of the last P V
       row_done  softmax -> correction: query tiles; 128 threads: sFactor is written
+      decided   softmax -> load, in sparse problems: DECISIONS slots a query tile; 1 thread: sKeep is written
 
     Timeline (steady state, two query tiles; the KV tile in brackets)
       mma        P0 V(i)  Q0 K(i+1)  P1 V(i)  Q1 K(i+1)  P0 V(i+1) ..
@@ -200,9 +203,11 @@ class Prefill:
 
     The skip. The 128 threads of a query tile vote in one instruction (`any_of_group`) after the maximum; the
     result travels in sKeep with the arrival that the MMA warp waits for in any case. A dense problem compiles
-    neither. V is fetched also where it is not needed: at the time of the vote it has to be in shared memory or
-    on its way (a tile takes about 2048 clocks, a load about 1000), so the load warp cannot wait for the vote
-    without delaying the tiles that are kept.
+    neither. V of a tile that both query tiles skip is not fetched where the tile before was not wanted either:
+    the load warp fetches ahead until it sees a tile that nobody wanted, then waits for each vote (`decided`: one
+    arrival per query tile) before it fetches, until a tile is wanted again. Kept tiles never wait for a vote,
+    except the first after a run of skipped ones, whose load (about 1000 clocks) runs beside its exponentials
+    (about 1000). The first v_lag + 1 tiles of a run are fetched in vain. An unwanted slot is passed on unfilled.
     """
 
     def __init__(self, problem: Problem, config: PrefillConfig) -> None:
@@ -215,6 +220,8 @@ class Prefill:
         self.steps_v = config.tile_n // umma.INSTRUCTION_K
         self.steps_early = config.p_early_columns // umma.INSTRUCTION_K
         self.s_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.tile_n, b_major_mn=False)
+        self.v_lag = -(-config.v_stages // config.v_chunks)  # KV tiles after which a slot of V is used again
+        assert max(self.v_lag, config.k_stages) + 2 < DECISIONS
         self.o_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.v_chunk, b_major_mn=True)
 
     @cute.jit
@@ -335,34 +342,70 @@ class Prefill:
             tQsQ, tQgQ = tma_partition(op.q_atom, tiles.sQ, op.mma_s.get_slice(0).partition_A(gQ))
             tKsK, tKgK = tma_partition(op.k_atom, tiles.sK, op.mma_s.get_slice(0).partition_B(gK))
             tVsV, tVgV = tma_partition(op.v_atom, tiles.sV, op.mma_o.get_slice(0).partition_B(gV))
-            for i in cutlass.range(work.union.end - work.union.begin, unroll=1):
+            steps = work.union.end - work.union.begin
+            skipping = Boolean(False)
+            if steps > 0:
+                k_cursor = self._load_k(op, pipes, tKsK, tKgK, work.union.end - 1, k_cursor)
+                for s in cutlass.range_constexpr(config.query_tiles):
+                    if work.ranges[s].begin < work.ranges[s].end:
+                        cute.arch.mbarrier_wait(pipes.q_empty + s, q_parity >> s & 1)
+                        q_parity = q_parity ^ (1 << s)
+                        q_bytes = config.q_bytes // config.query_tiles
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(pipes.q_full + s, q_bytes)
+                        cute.copy(op.q_atom, tQgQ[None, q_tile + s], tQsQ[None, s], tma_bar_ptr=pipes.q_full + s)
+            for i in cutlass.range(steps, unroll=1):
                 n_block = work.union.end - 1 - i
-                for chunk in cutlass.range_constexpr(config.k_chunks):
-                    pipes.k.acquire(k_cursor)
-                    pipes.k.expect(k_cursor, config.k_slot_bytes)
-                    barrier = pipes.k.full(k_cursor)
-                    cute.copy(
-                        op.k_atom, tKgK[None, n_block, chunk], tKsK[None, k_cursor.index], tma_bar_ptr=barrier
-                    )
-                    k_cursor = pipes.k.advanced(k_cursor)
-                if i == 0:
-                    for s in cutlass.range_constexpr(config.query_tiles):
-                        if work.ranges[s].begin < work.ranges[s].end:
-                            cute.arch.mbarrier_wait(pipes.q_empty + s, q_parity >> s & 1)
-                            q_parity = q_parity ^ (1 << s)
-                            q_bytes = config.q_bytes // config.query_tiles
-                            with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive_and_expect_tx(pipes.q_full + s, q_bytes)
-                            cute.copy(op.q_atom, tQgQ[None, q_tile + s], tQsQ[None, s], tma_bar_ptr=pipes.q_full + s)
-                for chunk in cutlass.range_constexpr(config.v_chunks):
-                    pipes.v.acquire(v_cursor)
-                    pipes.v.expect(v_cursor, config.v_slot_bytes)
-                    barrier = pipes.v.full(v_cursor)
-                    cute.copy(
-                        op.v_atom, tVgV[None, chunk, n_block], tVsV[None, v_cursor.index], tma_bar_ptr=barrier
-                    )
-                    v_cursor = pipes.v.advanced(v_cursor)
+                if i + 1 < steps:
+                    k_cursor = self._load_k(op, pipes, tKsK, tKgK, n_block - 1, k_cursor)
+                pipes.v.acquire(v_cursor)
+                fetch = Boolean(True)
+                if const_expr(self.sparse):
+                    if not skipping and i >= self.v_lag:
+                        skipping = not self._wanted(pipes, tiles, work, n_block + self.v_lag)
+                    if skipping:
+                        fetch = self._wanted(pipes, tiles, work, n_block)
+                        skipping = not fetch
+                v_cursor = self._load_v(op, pipes, tVsV, tVgV, n_block, v_cursor, fetch)
             tile, claim = schedule.next_for_producer(tile, claim)
+
+    @cute.jit
+    def _load_k(self, op: Operands, pipes: Pipes, tKsK, tKgK, n_block: Int32, cursor: Cursor):
+        for chunk in cutlass.range_constexpr(self.config.k_chunks):
+            pipes.k.acquire(cursor)
+            pipes.k.expect(cursor, self.config.k_slot_bytes)
+            barrier = pipes.k.full(cursor)
+            cute.copy(op.k_atom, tKgK[None, n_block, chunk], tKsK[None, cursor.index], tma_bar_ptr=barrier)
+            cursor = pipes.k.advanced(cursor)
+        return cursor
+
+    @cute.jit
+    def _load_v(self, op: Operands, pipes: Pipes, tVsV, tVgV, n_block: Int32, cursor: Cursor, fetch: Boolean):
+        """V of a tile whose first slot is empty; if nobody wants it, the slots count as full as they are."""
+        for chunk in cutlass.range_constexpr(self.config.v_chunks):
+            if const_expr(chunk > 0):
+                pipes.v.acquire(cursor)
+            barrier = pipes.v.full(cursor)
+            if fetch:
+                pipes.v.expect(cursor, self.config.v_slot_bytes)
+                cute.copy(op.v_atom, tVgV[None, chunk, n_block], tVsV[None, cursor.index], tma_bar_ptr=barrier)
+            else:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(barrier)
+            cursor = pipes.v.advanced(cursor)
+        return cursor
+
+    @cute.jit
+    def _wanted(self, pipes: Pipes, tiles: Tiles, work: Work, n_block: Int32) -> Boolean:
+        """Whether any query tile keeps a KV tile, once they have decided."""
+        wanted = Boolean(False)
+        for s in cutlass.range_constexpr(self.config.query_tiles):
+            if work.ranges[s].begin <= n_block and n_block < work.ranges[s].end:
+                number = work.ranges[s].end - 1 - n_block
+                decided = pipes.decided + (s * DECISIONS + number % DECISIONS)
+                cute.arch.mbarrier_wait(decided, number // DECISIONS & 1)
+                wanted = self._decision(tiles, s, number) or wanted
+        return wanted
 
     # ------------------------------------------------------------------------------------------------ mma
 
@@ -387,7 +430,7 @@ class Prefill:
                     if begins[s] <= n_block + 1 and n_block + 1 < ends[s]:
                         cute.arch.mbarrier_wait(pipes.p_ready + s, p_parity >> s & 1)
                         p_parity = p_parity ^ (1 << s)
-                        if self._kept(tiles, s):
+                        if self._kept(tiles, s, ends[s] - 2 - n_block):
                             self._values(
                                 fragments,
                                 base + plan.outputs[s],
@@ -463,7 +506,7 @@ class Prefill:
                     last = first + i - 1
                     buffer = last & 1
                     cute.arch.mbarrier_wait(pipes.p_ready + buffer, last >> 1 & 1)
-                    keep = self._kept(tiles, buffer)
+                    keep = self._kept(tiles, 0, i - 1)
                     for chunk in cutlass.range_constexpr(config.v_chunks):
                         pipes.v.wait(v_cursor)
                         if keep:
@@ -491,9 +534,15 @@ class Prefill:
             first += steps
             tile, claim = schedule.next(tile, claim)
 
-    def _kept(self, tiles: Tiles, buffer):
-        """Whether the tile whose P is ready was kept: always, in a dense problem."""
-        return tiles.sKeep[buffer] != 0 if self.sparse else True
+    def _kept(self, tiles: Tiles, query_tile: int, number: Int32):
+        """Whether a query tile's `number`-th KV tile, whose P is ready, was kept: always, in a dense problem."""
+        return self._decision(tiles, query_tile, number) if self.sparse else True
+
+    def _decision(self, tiles: Tiles, query_tile: int, number: Int32) -> Boolean:
+        """The whole warp reads whether a KV tile was kept."""
+        kept = tiles.sKeep[number % DECISIONS, query_tile] != 0
+        cute.arch.sync_warp()  # all lanes have read before one of them lets the slot be written again
+        return kept
 
     def _fragments(self, op: Operands, tiles: Tiles) -> Fragments:
         return Fragments(
@@ -627,24 +676,24 @@ class Prefill:
         tile_max = tile_maximum(scores)
         if const_expr(first):
             state.start(tile_max, thread.in_sequence)
-            self._keep(step, n_block, buffer, address, scores, None)
+            self._keep(step, n_block, count, buffer, address, scores, None)
         elif const_expr(not self.sparse):
-            self._keep(step, n_block, buffer, address, scores, tile_max)
+            self._keep(step, n_block, count, buffer, address, scores, tile_max)
         else:
             barrier = int(NamedBarrier.VOTE) + thread.query_tile
             if any_of_group(state.wants(tile_max), barrier, GROUP_THREADS):
-                self._keep(step, n_block, buffer, address, scores, tile_max)
+                self._keep(step, n_block, count, buffer, address, scores, tile_max)
             else:
-                self._publish(step, n_block, buffer, SKIPPED)
+                self._publish(step, n_block, count, SKIPPED)
                 tmem.fence_before_sync()
                 cute.arch.mbarrier_arrive(step.pipes.p_ready + buffer)
 
     @cute.jit
-    def _keep(self, step, n_block: Int32, buffer, address: Int32, scores, tile_max):
+    def _keep(self, step, n_block: Int32, count: Int32, buffer, address: Int32, scores, tile_max):
         """P, O's rescaling if need be, and the row sum, of a kept tile; tile_max is None for a row's first."""
         config, pipes, state = self.config, step.pipes, step.state
         first = tile_max is None
-        self._publish(step, n_block, buffer, KEPT)
+        self._publish(step, n_block, count, KEPT)
         if const_expr(not first):
             self._rescale(step, tile_max)
         p_address = address + (config.tmem.probabilities[0] - config.tmem.scores[0])
@@ -683,11 +732,13 @@ class Prefill:
                 tmem.store(output + first_column, multiply_row(columns, factor[0]))
 
     @cute.jit
-    def _publish(self, step, n_block: Int32, buffer, decision: cutlass.Constexpr[int]):
-        """Tell the MMA warp (with the next arrival on p_ready) and the skip map what becomes of a tile."""
+    def _publish(self, step, n_block: Int32, count: Int32, decision: cutlass.Constexpr[int]):
+        """Tell the MMA warp (by the next arrival on p_ready), the load warp and the skip map what becomes of a tile."""
         if const_expr(self.sparse):
+            slot = count % DECISIONS
             if step.thread.row == 0:
-                step.tiles.sKeep[buffer] = Int32(decision == KEPT)
+                step.tiles.sKeep[slot, step.thread.query_tile] = Int32(decision == KEPT)
+                cute.arch.mbarrier_arrive(step.pipes.decided + (step.thread.query_tile * DECISIONS + slot))
         if const_expr(self.problem.return_stats):
             if step.thread.row == 0:
                 map_row = step.thread.q_idx // TILE_M
@@ -745,8 +796,8 @@ class Prefill:
     def _store_columns(self, gO: cute.Tensor, first_column: cutlass.Constexpr[int], columns, factor: Float32):
         """Scale columns of a row of O and store those that exist; a row without keys is 0, whatever V holds."""
         no_key = factor == 0.0
-        values = [cutlass.select_(no_key, Float32(0.0), value * factor) for value in columns]
-        words = pack(values, self.dtype)
+        words = pack(multiply_row(columns, factor), self.dtype)
+        words = [cutlass.select_(no_key, Int32(0), word) for word in words]
         for i in cutlass.range_constexpr(0, len(columns), STORE_ELEMENTS):
             if const_expr(first_column + i < self.problem.head_dim_v):
                 vector = cute.make_rmem_tensor(STORE_ELEMENTS // 2, Int32)
@@ -796,9 +847,12 @@ class Prefill:
         pipes.k.initialise()
         pipes.v.initialise()
         arrivals = {"p_ready": GROUP_THREADS, "p_rest": GROUP_THREADS, "row_done": GROUP_THREADS}
-        for name in Pipes._fields[2:]:
+        for name in Pipes._fields[2:-1]:
             for i in range(BARRIERS_PER_PIPE):
                 cute.arch.mbarrier_init(getattr(pipes, name) + i, arrivals.get(name, 1))
+        if self.sparse:
+            for i in range(self.config.query_tiles * DECISIONS):
+                cute.arch.mbarrier_init(pipes.decided + i, 1)
 
     def _tiles(self, op: Operands, storage) -> Tiles:
         return Tiles(
@@ -806,7 +860,7 @@ class Prefill:
             storage.sK.get_tensor(op.sK_layout.outer, swizzle=op.sK_layout.inner),
             storage.sV.get_tensor(op.sV_layout.outer, swizzle=op.sV_layout.inner),
             storage.sFactor.get_tensor(cute.make_layout((TILE_M, self.config.query_tiles))),
-            storage.sKeep.get_tensor(cute.make_layout(self.config.score_buffers)),
+            storage.sKeep.get_tensor(cute.make_layout((DECISIONS, self.config.query_tiles))),
         )
 
 
@@ -830,8 +884,9 @@ def shared_storage(config: PrefillConfig, dtype: type, sQ_layout, sK_layout, sV_
         o_step: pipe
         o_done: pipe
         row_done: pipe
+        decided: cute.struct.MemRange[Int64, DECISIONS * config.query_tiles]
         tmem_base: Int32
-        sKeep: cute.struct.MemRange[Int32, config.score_buffers]
+        sKeep: cute.struct.MemRange[Int32, DECISIONS * config.query_tiles]
         sFactor: cute.struct.MemRange[Float32, TILE_M * config.query_tiles]
         sQ: tile(sQ_layout)
         sK: tile(sK_layout)
