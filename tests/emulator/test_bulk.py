@@ -268,12 +268,12 @@ def test_reductions(kernel, type_, dtype):
 
 
 def test_reductions_of_many_ctas_into_one_place():
-    """Two host threads, 32 CTAs: no update is lost."""
-    x, out = torch.arange(64, dtype=torch.float32), torch.zeros(64)
-    body = fill(256) + "@%p0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%d1], [%r1], 256;\n"
-    with emulator.device("sm_90a", sms=8, threads=2) as device:
-        Kernel(device, "sm_90a")(body + COMMIT_AND_WAIT, [bytes_of(x), out], grid=32)
-    assert torch.equal(out, 32 * x)
+    """Two host threads, 512 CTAs: no update is lost."""
+    x, out = torch.arange(2048, dtype=torch.float32), torch.zeros(2048)
+    body = fill(8192) + "@%p0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%d1], [%r1], 8192;\n"
+    with emulator.device("sm_90a", sms=8, threads=2, checks=False) as device:
+        Kernel(device, "sm_90a")(body + COMMIT_AND_WAIT, [bytes_of(x), out], grid=512)
+    assert torch.equal(out, 512 * x)
 
 
 @pytest.mark.parametrize(
@@ -352,6 +352,14 @@ def test_store_of_another_warps_data_needs_a_barrier(kernel):
 def test_store_beyond_the_tensor(eager):
     with pytest.raises(errors.OutOfBounds):
         eager(fill(128) + STORE.format(128) + COMMIT_AND_WAIT, [random_bytes(128), torch.zeros(64, dtype=torch.uint8)])
+
+
+def test_reading_what_was_stored_needs_the_full_wait(kernel):
+    x, out = random_bytes(64), torch.zeros(64, dtype=torch.uint8)
+    body = fill(64) + STORE.format(64) + COMMIT_AND_WAIT + "ld.global.b32 %r20, [%d1];\n"
+    kernel(body, [x, out])
+    with pytest.raises(errors.RaceDetected, match="cp.async.bulk.global"):
+        kernel(body.replace("wait_group 0", "wait_group.read 0"), [x, out])
 
 
 def test_exit_without_waiting(kernel):
