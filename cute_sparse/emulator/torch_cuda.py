@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._library.custom_ops import OPDEFS
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from cute_sparse.emulator import memory
 
@@ -33,10 +34,21 @@ def install(device: Device, patches: Patches) -> None:
     """Makes torch's "cuda" device the emulated one until `patches` are restored."""
     _torch_cuda_module(device, patches)
     _driver_bindings(patches)
+    _autograd(patches)
     modes = contextlib.ExitStack()
-    modes.enter_context(_Marks())
-    modes.enter_context(_CudaTensors())
+    modes.enter_context(_modes_on())
     patches.on_restore(modes.close)
+
+
+@contextlib.contextmanager
+def _modes_on() -> Iterator[None]:
+    """Script code runs in this: a mode is off while it handles something, and script code may be called from there."""
+    with contextlib.ExitStack() as stack:
+        if not any(isinstance(mode, _Marks) for mode in _get_current_dispatch_mode_stack()):
+            stack.enter_context(_Marks())
+        if not any(isinstance(mode, _CudaTensors) for mode in _get_current_function_mode_stack()):
+            stack.enter_context(_CudaTensors())
+        yield
 
 
 # --- marks ---------------------------------------------------------------------------------------------------------
@@ -80,20 +92,22 @@ class _Marks(TorchDispatchMode):
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         cuda = cuda or any(map(is_marked, _tensors([*args, *kwargs.values()])))
-        result = _run_custom_operator(func, args, kwargs) if _is_cuda_only(func) else func(*args, **kwargs)
+        is_torchs_own = func.namespace in ("aten", "prim", "prims")
+        result = func(*args, **kwargs) if is_torchs_own else _run_custom_operator(func, args, kwargs)
         return mark(result) if cuda else result
 
 
-def _is_cuda_only(func: Any) -> bool:
-    """A torch.library operator that is defined for CUDA and not for the CPU."""
-    if func.namespace in ("aten", "prim", "prims"):
-        return False
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has_kernel(func.name(), "CUDA") and not has_kernel(func.name(), "CPU")
-
-
 def _run_custom_operator(func: Any, args: tuple, kwargs: dict) -> Any:
-    return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
+    """An operator of torch.library; what was meant is its kernel for CUDA, if it has one of its own."""
+    definition = OPDEFS.get(func.name().partition(".")[0])
+    if definition is not None:  # made by torch.library.custom_op: Python code of the script
+        body = definition._backend_fns.get("cuda") or definition._backend_fns.get(None)
+        if body is not None:
+            with _modes_on():
+                return body(*args, **kwargs)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA"):
+        return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
+    return func(*args, **kwargs)
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------
@@ -136,13 +150,36 @@ def _to(tensor: torch.Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> 
     cuda = is_marked(tensor) if device is None else _is_cuda(device)
     if cuda and device is not None:
         _require_first_device(device)
-    moves = cuda != is_marked(tensor)
+    if cuda != is_marked(tensor):
+        tensor, copy = _Move.apply(tensor, cuda), False
     arguments = {} if layout is None else {"memory_format": layout}
     if dtype is not None:
         arguments["dtype"] = dtype
     target = memory.true_device(tensor) if cuda or device is None else device  # "meta" stays what it is
-    result = tensor.to(device=target, copy=copy or moves, **arguments)
-    return mark(result, cuda) if moves else result
+    return tensor.to(device=target, copy=copy, **arguments)
+
+
+class _Move(torch.autograd.Function):
+    """Copies between "cuda" and the CPU; a gradient travels back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, cuda: bool) -> torch.Tensor:
+        ctx.back_to_cuda = is_marked(tensor)
+        return mark(tensor.clone(), cuda)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        return mark(gradient.clone(), ctx.back_to_cuda), None
+
+
+def _autograd(patches: Patches) -> None:
+    """Backward functions are script code."""
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with _modes_on():
+            return run(*args, **kwargs)
+
+    run = patches.set(torch.autograd, "_engine_run_backward", run_backward)
 
 
 def _cuda(tensor: torch.Tensor, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> torch.Tensor:
@@ -176,6 +213,14 @@ def _dlpack_device(tensor: torch.Tensor) -> Any:
     return (memory.CUDA, 0) if is_marked(tensor) else tensor.__dlpack_device__()
 
 
+def _repr(tensor: torch.Tensor, **kwargs: Any) -> str:
+    text = torch.Tensor.__repr__(tensor, **kwargs)
+    if not is_marked(tensor):
+        return text
+    end = text.rfind("]") + 1 or min(i for i in (text.find(","), text.find(")")) if i > 0)
+    return f"{text[:end]}, device='{CUDA}'{text[end:]}"
+
+
 # What a script asks of a tensor. Answers run with the function mode off: inside, tensors are the CPU's.
 ANSWERS: dict[Any, Callable] = {
     torch.Tensor.is_cuda.__get__: is_marked,
@@ -190,6 +235,7 @@ ANSWERS: dict[Any, Callable] = {
     torch.Tensor.record_stream: lambda tensor, stream: None,
     torch.Tensor.__dlpack__: _dlpack,
     torch.Tensor.__dlpack_device__: _dlpack_device,
+    torch.Tensor.__repr__: _repr,
     torch.as_tensor: _as_tensor,
 }
 
