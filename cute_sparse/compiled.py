@@ -52,7 +52,7 @@ def compile_to_disk(problem: Problem, config: object, arch: str, compile: Callab
 def _from_disk_or_compiler(problem: Problem, config: object, arch: str, compile: Callable, emulated: bool):
     folder = cache.directory()
     if folder is None:
-        return _compile(problem, config, arch, compile)
+        return compile_now(problem, config, arch, compile)
     name = cache.key(
         problem, config, arch, importlib.metadata.version(DSL), _compiler_variables(), emulated
     )
@@ -63,7 +63,7 @@ def _from_disk_or_compiler(problem: Problem, config: object, arch: str, compile:
     with cache.one_compiler(path):
         function = _load(path, name, emulated)  # another process may have compiled it meanwhile
         if function is None:
-            function = _compile(problem, config, arch, compile)
+            function = compile_now(problem, config, arch, compile)
             cache.write(path, _entry(function, name, emulated))
     return function
 
@@ -76,7 +76,8 @@ def _compiler_variables() -> list[tuple[str, str]]:
     )
 
 
-def _compile(problem: Problem, config: object, arch: str, compile: Callable):
+def compile_now(problem: Problem, config: object, arch: str, compile: Callable):
+    """What `compile(problem, config)` returns, compiled for `arch` whatever device this machine has, if any."""
     with _compiling_for(arch):
         return compile(problem, config)
 
