@@ -215,13 +215,9 @@ def _stats(named) -> Stats:
     return Stats(tile_counts, cute.make_tensor(named["skip_map"], map_layout))
 
 
-def log2_threshold(threshold: Threshold, batch_idx, head_idx):
-    """log2(lambda) for one head of one sequence; call it where dynamic control flow is traced."""
-    return _log2_threshold(threshold, batch_idx, head_idx)
-
-
 @cute.jit
-def _log2_threshold(threshold: Threshold, batch_idx: Int32, head_idx: Int32) -> Float32:
+def log2_threshold(threshold: Threshold, batch_idx: Int32, head_idx: Int32) -> Float32:
+    """log2(lambda) for one head of one sequence."""
     value = threshold.scalar_log2
     if threshold.tensor.iterator.toint() != 0:
         value = cute.math.log2(threshold.tensor[batch_idx, head_idx], fastmath=True)
