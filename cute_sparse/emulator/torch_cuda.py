@@ -93,19 +93,19 @@ class _Marks(TorchDispatchMode):
             kwargs["pin_memory"] = False
         cuda = cuda or any(map(is_marked, _tensors([*args, *kwargs.values()])))
         is_torchs_own = func.namespace in ("aten", "prim", "prims")
-        result = func(*args, **kwargs) if is_torchs_own else _run_custom_operator(func, args, kwargs)
+        result = func(*args, **kwargs) if is_torchs_own else _run_custom_operator(func, args, kwargs, cuda)
         return mark(result) if cuda else result
 
 
-def _run_custom_operator(func: Any, args: tuple, kwargs: dict) -> Any:
-    """An operator of torch.library; what was meant is its kernel for CUDA, if it has one of its own."""
+def _run_custom_operator(func: Any, args: tuple, kwargs: dict, cuda: bool) -> Any:
+    """An operator of torch.library: by its kernel for the device that the script means."""
     definition = OPDEFS.get(func.name().partition(".")[0])
     if definition is not None:  # made by torch.library.custom_op: Python code of the script
-        body = definition._backend_fns.get("cuda") or definition._backend_fns.get(None)
+        body = definition._backend_fns.get("cuda" if cuda else "cpu") or definition._backend_fns.get(None)
         if body is not None:
             with _modes_on():
                 return body(*args, **kwargs)
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA"):
+    if cuda and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA"):
         return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
     return func(*args, **kwargs)
 

@@ -85,6 +85,7 @@ struct Program {
   struct Special { uint32_t slot; std::string name; };
   std::vector<Special> specials;     // %tid.x, %ctaid.x, %laneid, ...: filled once per warp
   std::vector<std::shared_ptr<void>> details;
+  uint8_t tensor_fences = 0;  // tcgen05.cpp: which tcgen05.fence instructions the kernel contains
 };
 
 // Handed to the decoders: turns operands into slots.
@@ -124,6 +125,7 @@ struct Builder {
 // Returns false if the opcode is not this family's (it is then unknown unless another family takes it).
 using Decoder = bool (*)(const Statement&, Builder&);
 extern const std::vector<Decoder> FAMILIES;  // families.cpp: one line per family
+bool words_known(const Statement&);          // words.cpp: no word of the opcode would be dropped in silence
 
 std::shared_ptr<Program> build_program(std::shared_ptr<const ModuleText>, const KernelText&,
                                        std::vector<std::string>& unknown);

@@ -207,7 +207,8 @@ std::shared_ptr<Program> build_program(std::shared_ptr<const ModuleText> module,
     }
     out.reads = uint32_t(program->slot_lists.size());
     Builder builder{*program, statement, out, {}, {}};
-    const bool known = std::any_of(FAMILIES.begin(), FAMILIES.end(),
+    const bool known = words_known(statement) &&
+                       std::any_of(FAMILIES.begin(), FAMILIES.end(),
                                    [&](Decoder decode) { return decode(statement, builder); });
     if (!known)
       unknown.push_back("line " + std::to_string(statement.line) + ": " + statement.text);
