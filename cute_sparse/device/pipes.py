@@ -1,8 +1,8 @@
 """Rings of shared-memory slots between warps: one mbarrier says a slot is full, another that it is empty.
 
 A role walks a ring with a `Cursor`; advancing returns a new cursor, which the caller must rebind, because a
-cursor is a value that loops carry. Arrivals are fixed when the ring is made: one fill per slot, by the role
-that calls `expect` or `publish`, and one drain per consuming warp, by `release`.
+cursor is a value that loops carry. Arrivals are fixed when the ring is made: `fills` per slot, by the roles that
+call `expect` or `publish`, and one drain per consuming warp, by `release`.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-FILLS_PER_SLOT = 1
 MBARRIER_BYTES = 8
 
 
@@ -37,11 +36,13 @@ class Ring:
     """`stages` slots; `barriers` points at 2 * stages mbarriers, the full ones first.
 
     drains  arrivals that empty a slot: the number of warps that call `release`
+    fills   arrivals that fill a slot
     """
 
     barriers: Any
     stages: cutlass.Constexpr[int]
     drains: cutlass.Constexpr[int]
+    fills: cutlass.Constexpr[int] = 1
 
     def full(self, cursor: Cursor):
         return self.barriers + cursor.index
@@ -62,7 +63,7 @@ class Ring:
     def initialise(self) -> None:
         """By one thread of the CTA, before a fence and a CTA barrier."""
         for slot in range(self.stages):
-            cute.arch.mbarrier_init(self.barriers + slot, FILLS_PER_SLOT)
+            cute.arch.mbarrier_init(self.barriers + slot, self.fills)
             cute.arch.mbarrier_init(self.barriers + self.stages + slot, self.drains)
 
     def acquire(self, cursor: Cursor) -> None:
@@ -77,7 +78,7 @@ class Ring:
 
     @cute.jit
     def publish(self, cursor: Cursor):
-        """Producer, one thread: the slot's contents, written by this thread, are complete."""
+        """Producer, one thread: its part of the slot's contents is complete."""
         cute.arch.mbarrier_arrive(self.full(cursor))
 
     def wait(self, cursor: Cursor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cute_sparse.problem import Problem, TileGeometry
 
@@ -25,10 +25,12 @@ SHARED_ALIGN_BYTES = 1024  # of a 128-byte swizzle atom of 8 rows
 HEAD_DIM_STEP = 32  # head dims are padded to it: 64 bytes, a swizzle that wgmma reads without bank conflicts
 ELEMENT_BYTES = 2
 
-# Registers per thread that setmaxnreg gives to a consumer and to the producer, by consumer warpgroups.
-REGISTERS = {2: (240, 24), 3: (160, 32)}
+# Registers per thread that setmaxnreg gives to a consumer and to the producer, by consumer warpgroups. At 24, the
+# producer would spill (ptxas 13.0).
+REGISTERS = {2: (232, 40), 3: (160, 32)}
 # Registers beside the accumulators: descriptors, softmax state, loop state (as ptxas 13.0 needs them).
 OTHER_REGISTERS = 32
+BAND_REGISTERS = 12  # for both bounds of a band
 
 MMA_FLOP_PER_CYCLE = 4096
 EXP_PER_CYCLE = 16
@@ -39,6 +41,7 @@ TYPICAL_SEQLEN = 8192
 
 L2_BYTES = 32 << 20  # of 50 (H100) or 60 MB (H200), what the K and V of a group of heads may take
 DYNAMIC_CTAS = 132  # SMs of an H100 SXM or H200; with fewer SMs the later CTAs find the work done
+HOLD_V_AFTER = 2  # a guess: a wrong one costs a kept tile its V's latency, a right one saves V's bytes
 
 MIN_TILE_N, TILE_N_MAX = 64, 176
 BOUNDED_TILE_N_MAX = 128  # of a wider tile, a mask hides more, and a threshold skips it less often
@@ -49,18 +52,26 @@ WIDE_HEAD_TILE_N_MAX = 80  # head_dim_v above 192: at 96, ptxas 13.0 spills
 class Config:
     """warpgroups  consumer warpgroups, each of 64 query rows
     tile_n      keys per KV tile
-    stages      slots of the K ring and of the V ring
+    k_stages, v_stages  slots of the K ring and of the V ring
     ping_pong   the warpgroups take turns: one's softmax runs under the other's MMA
     out_aliases_q  out is staged in Q's shared memory, for want of room: the next Q waits for the store
     ctas        CTAs that claim work tiles dynamically; 0 gives every CTA one work tile
+    hold_v_after  after so many KV tiles in a row that every warpgroup skipped, V is loaded only once a warpgroup has
+                voted to keep its tile; 0: V is always loaded. Needs three K slots (see `prefill.HopperPrefill`)
     """
 
     warpgroups: int
     tile_n: int
-    stages: int = 2
+    k_stages: int = 2
+    v_stages: int = 2
     ping_pong: bool = True
     out_aliases_q: bool = False
     ctas: int = DYNAMIC_CTAS
+    hold_v_after: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hold_v_after and self.k_stages < 3:
+            raise ValueError(f"{self.hold_v_after=} needs three K slots, not {self.k_stages=}")
 
     @property
     def tile_m(self) -> int:
@@ -91,7 +102,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a CTA, barriers included."""
     head_dim, head_dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
     q, out = config.tile_m * head_dim, config.tile_m * head_dim_v
-    kv = config.stages * config.tile_n * (head_dim + head_dim_v)
+    kv = config.tile_n * (config.k_stages * head_dim + config.v_stages * head_dim_v)
     q_and_out = max(q, out) if config.out_aliases_q else q + out
     return (q_and_out + kv) * ELEMENT_BYTES + BARRIER_BYTES
 
@@ -102,20 +113,27 @@ def accumulator_registers(problem: Problem, config: Config) -> int:
 
 
 def candidates(problem: Problem) -> list[Config]:
-    """Every config that fits an SM: shared memory, registers without spills."""
+    """For every tile size that fits an SM, the config with the most room: V held back, out beside Q, if possible."""
     widest = TILE_N_MAX if problem.mask == "full" and not problem.sparsity else BOUNDED_TILE_N_MAX
     if padded(problem.head_dim_v) > 192:
         widest = WIDE_HEAD_TILE_N_MAX
     found = []
     for warpgroups in REGISTERS:
         for tile_n in range(widest, MIN_TILE_N - 1, -16):
-            for out_aliases_q in (False, True):
-                config = Config(warpgroups, tile_n, out_aliases_q=out_aliases_q)
-                registers = accumulator_registers(problem, config) + OTHER_REGISTERS
-                if registers <= config.consumer_registers and shared_bytes(problem, config) <= SHARED_BYTES:
-                    found.append(config)
-                    break
+            rooms = [Config(warpgroups, tile_n, out_aliases_q=shares) for shares in (False, True)]
+            if problem.sparsity:
+                rooms = [replace(room, k_stages=3, hold_v_after=HOLD_V_AFTER) for room in rooms] + rooms
+            fitting = [room for room in rooms if fits(problem, room)]
+            found += fitting[:1]
     return found
+
+
+def fits(problem: Problem, config: Config) -> bool:
+    """Whether an SM has the shared memory, and a consumer thread the registers."""
+    registers = accumulator_registers(problem, config) + OTHER_REGISTERS
+    if problem.mask == "band":
+        registers += BAND_REGISTERS
+    return registers <= config.consumer_registers and shared_bytes(problem, config) <= SHARED_BYTES
 
 
 def cost(problem: Problem, config: Config) -> float:

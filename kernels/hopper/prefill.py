@@ -31,6 +31,7 @@ from cute_sparse.kernels.hopper.config import (
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.runtime import make_ptr
+from cutlass.memory import SmemAllocator
 
 from cute_sparse.device.bundles import (
     LOG2_E,
@@ -103,14 +104,16 @@ class Shared(NamedTuple):
     """Shared memory: tiles and rings."""
 
     sQ: cute.Tensor  # (64, head_dim, warpgroups)
-    sK: cute.Tensor  # (tile_n, head_dim, stages)
-    sV: cute.Tensor  # (tile_n, head_dim_v, stages)
+    sK: cute.Tensor  # (tile_n, head_dim, k_stages)
+    sV: cute.Tensor  # (tile_n, head_dim_v, v_stages)
     sO: cute.Tensor  # (64, head_dim_v, warpgroups)
     q_ring: Ring
     k_ring: Ring
     v_ring: Ring
     tile_ring: Ring
     tile_slots: cute.Tensor  # (SLOT_WORDS, TILE_SLOTS)
+    vote_ring: Ring
+    votes: cute.Tensor  # (warpgroups, k_stages) int32: whether the warpgroup keeps the tile
 
 
 class Work(NamedTuple):
@@ -188,7 +191,8 @@ class HopperPrefill:
         self.head_dim = padded(problem.head_dim)
         self.head_dim_v = padded(problem.head_dim_v)
         self.tile_m, self.tile_n = config.tile_m, config.tile_n
-        self.stages = config.stages
+        self.k_stages, self.v_stages = config.k_stages, config.v_stages
+        self.k_lead = config.k_stages - 1  # tiles by which the K loads run ahead of the V loads
         self.sparse = problem.sparsity is not None
         self.consumer_warps = config.warpgroups * WARPGROUP_WARPS
         self.q_bytes = self.tile_m * self.head_dim * ELEMENT_BYTES
@@ -271,10 +275,10 @@ class HopperPrefill:
         return cute.make_composed_layout(layout.inner, 0, cute.append(layout.outer, warpgroups))
 
     def _k_layout(self):
-        return wgmma.row_major_smem(self.dtype, (self.tile_n, self.head_dim, self.stages))
+        return wgmma.row_major_smem(self.dtype, (self.tile_n, self.head_dim, self.k_stages))
 
     def _v_layout(self):
-        return wgmma.row_major_smem(self.dtype, (self.tile_n, self.head_dim_v, self.stages))
+        return wgmma.row_major_smem(self.dtype, (self.tile_n, self.head_dim_v, self.v_stages))
 
     # ---- the kernel
 
@@ -293,16 +297,21 @@ class HopperPrefill:
 
     def _allocate(self, operands: KernelOperands) -> Shared:
         """Carve up shared memory, initialise the barriers, and wait until every thread sees them."""
-        q_drains = self.config.warpgroups if self.config.out_aliases_q else self.consumer_warps
         q_layout, out_layout = self._q_layout(), self._out_layout()
 
-        smem = cutlass.utils.SmemAllocator()
-        barriers = smem.allocate_array(Int64, 2 * (1 + 2 * self.stages + TILE_SLOTS))
+        smem = SmemAllocator()
+        warpgroups = self.config.warpgroups
         tile_slots = smem.allocate_tensor(Int32, cute.make_layout((SLOT_WORDS, TILE_SLOTS)), byte_alignment=16)
-        q_ring = Ring(barriers, 1, q_drains)
-        k_ring = Ring(barriers + 2, self.stages, self.consumer_warps)
-        v_ring = Ring(barriers + 2 + 2 * self.stages, self.stages, self.consumer_warps)
-        tile_ring = Ring(barriers + 2 + 4 * self.stages, TILE_SLOTS, self.consumer_warps)
+        votes = smem.allocate_tensor(Int32, cute.make_layout((warpgroups, self.k_stages)), byte_alignment=16)
+
+        def ring(stages: int, drains: int, fills: int = 1) -> Ring:
+            return Ring(smem.allocate_array(Int64, 2 * stages), stages, drains, fills)
+
+        q_ring = ring(1, drains=warpgroups if self.config.out_aliases_q else self.consumer_warps)
+        k_ring = ring(self.k_stages, drains=self.consumer_warps)
+        v_ring = ring(self.v_stages, drains=self.consumer_warps)
+        tile_ring = ring(TILE_SLOTS, drains=self.consumer_warps)
+        vote_ring = ring(self.k_stages, drains=1, fills=warpgroups)  # never drained: see `_v_is_wanted`
 
         def allocate(elements: int):
             return cute.recast_ptr(smem.allocate(elements * ELEMENT_BYTES, SHARED_ALIGN_BYTES), dtype=self.dtype)
@@ -318,8 +327,8 @@ class HopperPrefill:
             q_pointer, out_pointer = allocate(q_elements), allocate(out_elements)
         sQ, sO = tiles(q_pointer, q_layout), tiles(out_pointer, out_layout)
         sK, sV = tiles(allocate(cute.cosize(k_layout)), k_layout), tiles(allocate(cute.cosize(v_layout)), v_layout)
-        self._initialise([q_ring, k_ring, v_ring, tile_ring], operands)
-        return Shared(sQ, sK, sV, sO, q_ring, k_ring, v_ring, tile_ring, tile_slots)
+        self._initialise([q_ring, k_ring, v_ring, tile_ring, vote_ring], operands)
+        return Shared(sQ, sK, sV, sO, q_ring, k_ring, v_ring, tile_ring, tile_slots, vote_ring, votes)
 
     @cute.jit
     def _initialise(self, rings: list, operands: KernelOperands):
@@ -351,15 +360,15 @@ class HopperPrefill:
 
     @cute.jit
     def load(self, operands: KernelOperands, shared: Shared, schedule):
-        """Q, then K[j] and V[j + 1] in turns, for every work tile."""
-        q, k, v = producer_cursor(), producer_cursor(), producer_cursor()
+        """Q, then K and, `k_lead` tiles behind, V, for every work tile."""
+        q, k, v, vote = producer_cursor(), producer_cursor(), producer_cursor(), consumer_cursor()
         tile, claim = schedule.first_for_producer()
         while tile.m_block >= 0:
             work = self._work(operands, tile)
             if self._has_rows(work):
                 shared.q_ring.acquire(q)
                 if work.end > work.begin:
-                    k, v = self._load_tile(operands, shared, work, q, k, v)
+                    k, v, vote = self._load_tile(operands, shared, work, q, k, v, vote)
                 else:
                     # Without keys there is nothing to load, but the slot must change hands: out may be staged in it.
                     shared.q_ring.expect(q, 0)
@@ -371,7 +380,9 @@ class HopperPrefill:
         return work.tile.m_block * self.tile_m < work.span_q.length
 
     @cute.jit
-    def _load_tile(self, operands: KernelOperands, shared: Shared, work: Work, q: Cursor, k: Cursor, v: Cursor):
+    def _load_tile(
+        self, operands: KernelOperands, shared: Shared, work: Work, q: Cursor, k: Cursor, v: Cursor, vote: Cursor
+    ):
         head_kv = work.tile.head_idx // operands.group
         gQ = operands.q.tokens.sequence(work.tile.head_idx, work.tile.batch_idx, work.span_q)
         gK = operands.k.tokens.sequence(head_kv, work.tile.batch_idx, work.span_k)
@@ -383,17 +394,51 @@ class HopperPrefill:
         tKsK, tKgK = _tma_partition(operands.k.atom, shared.sK, gK)
         tVsV, tVgV = _tma_partition(operands.v.atom, shared.sV, gV)
 
-        last = work.end - 1
         shared.q_ring.expect(q, self.q_bytes)
         for i in cutlass.range_constexpr(self.config.warpgroups):
             row_block = work.tile.m_block * self.config.warpgroups + i
             cute.copy(operands.q.atom, tQgQ[None, row_block], tQsQ[None, i], tma_bar_ptr=shared.q_ring.full(q))
-        k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, last)
-        for i in cutlass.range(last - work.begin, unroll=1):
-            k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, last - 1 - i)
-            v = _fill(shared.v_ring, v, self.v_bytes, operands.v.atom, tVgV, tVsV, last - i)
-        v = _fill(shared.v_ring, v, self.v_bytes, operands.v.atom, tVgV, tVsV, work.begin)
-        return k, v
+        tiles, skipped_in_a_row = work.end - work.begin, Int32(0)
+        for i in cutlass.range(tiles + self.k_lead, unroll=1):
+            if i < tiles:
+                k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, work.end - 1 - i)
+            if i >= self.k_lead:
+                nth = i - self.k_lead
+                shared.v_ring.acquire(v)
+                wanted = Boolean(True)
+                if const_expr(self.config.hold_v_after > 0):
+                    wanted, skipped_in_a_row = self._v_is_wanted(shared, nth, vote, skipped_in_a_row)
+                    vote = shared.vote_ring.advanced(vote)
+                if wanted:
+                    _load(shared.v_ring, v, self.v_bytes, operands.v.atom, tVgV, tVsV, work.end - 1 - nth)
+                else:
+                    shared.v_ring.expect(v, 0)
+                v = shared.v_ring.advanced(v)
+        return k, v, vote
+
+    @cute.jit
+    def _v_is_wanted(self, shared: Shared, nth, vote: Cursor, skipped_in_a_row):
+        """Whether to load V of the nth tile of a work tile (`vote` is its slot), and the run of skipped ones so far.
+
+        The slot for V is empty, so with two V slots every warpgroup is done with the tile two before, which it released
+        after its vote on the tile before: that one can be read without waiting. Its slot is safe until this V is full,
+        as no warpgroup gets past the tile after this one before that.
+        """
+        wanted = Boolean(True)
+        if nth >= self.v_stages:
+            index = cutlass.select_(vote.index == 0, Int32(self.k_stages - 1), vote.index - 1)
+            skipped_in_a_row = cutlass.select_(self._any_vote(shared, index), Int32(0), skipped_in_a_row + 1)
+            if skipped_in_a_row >= self.config.hold_v_after:
+                shared.vote_ring.wait(vote)
+                wanted = self._any_vote(shared, vote.index)
+        return wanted, skipped_in_a_row
+
+    def _any_vote(self, shared: Shared, index) -> Boolean:
+        """Whether some warpgroup keeps the tile whose votes lie in slot `index`."""
+        kept = shared.votes[0, index]
+        for warpgroup_idx in range(1, self.config.warpgroups):
+            kept = kept | shared.votes[warpgroup_idx, index]
+        return kept != 0
 
     # ---- consumers
 
@@ -485,6 +530,7 @@ class HopperPrefill:
         in_sequence = [row < work.span_q.length for row in self._rows(consumer)]
         softmax.start(scores, softmax.thread_max(scores), threshold_raw, in_sequence)
         wgmma.round_to(self.dtype, acc_S, fragments.tOrP)
+        self._cast_vote(consumer, k, Boolean(True))
         self._record(consumer, n_block, Boolean(True))
         return shared.k_ring.advanced(k)
 
@@ -513,6 +559,7 @@ class HopperPrefill:
         if const_expr(self.sparse):
             wants = softmax.wants(thread_max, self._sees_key(consumer, n_block))
             keeps = wgmma.any_of_warpgroup(wants, NamedBarrier.VOTE + thread.warpgroup)
+        self._cast_vote(consumer, k, keeps)
         self._record(consumer, n_block, keeps)
         if keeps:
             moved, factors = softmax.advance(scores, thread_max, threshold_raw)
@@ -591,6 +638,15 @@ class HopperPrefill:
                     operands.lse[first + q_idx[row], head, batch] = lse[row]
 
     # ---- one tile's scores
+
+    @cute.jit
+    def _cast_vote(self, consumer: Consumer, k: Cursor, keeps):
+        """Tell the producer whether this warpgroup keeps the tile; votes have as many slots as K, and K's cursor."""
+        _, shared, thread, _, _, _ = consumer
+        if const_expr(self.config.hold_v_after > 0):
+            if thread.index == 0:
+                shared.votes[thread.warpgroup, k.index] = Int32(keeps)
+                shared.vote_ring.publish(k)
 
     def _accumulator(self, fragments: Fragments) -> cute.Tensor:
         return cute.make_rmem_tensor(fragments.qk.partition_shape_C((WARPGROUP_ROWS, self.tile_n)), Float32)
@@ -704,9 +760,13 @@ def _tma_partition(atom: cute.CopyAtom, smem_tile: cute.Tensor, gmem_tile: cute.
 def _fill(ring: Ring, slot: Cursor, tx_bytes: int, atom: cute.CopyAtom, source, target, n_block) -> Cursor:
     """Load KV tile `n_block` of source into a slot, once that is empty; returns the next slot."""
     ring.acquire(slot)
+    _load(ring, slot, tx_bytes, atom, source, target, n_block)
+    return ring.advanced(slot)
+
+
+def _load(ring: Ring, slot: Cursor, tx_bytes: int, atom: cute.CopyAtom, source, target, n_block) -> None:
     ring.expect(slot, tx_bytes)
     cute.copy(atom, source[None, n_block], target[None, slot.index], tma_bar_ptr=ring.full(slot))
-    return ring.advanced(slot)
 
 
 def compile(problem: Problem, config: Config | None = None):
