@@ -25,7 +25,7 @@ COMPILE_FLAGS = (
     "-std=c++17", "-O3", "-march=x86-64-v3", "-ffp-contract=off", "-frounding-math",
     "-fPIC", "-fvisibility=hidden", "-pthread",
 )  # fmt: skip
-COMPILERS_AT_ONCE = 2
+COMPILERS_AT_ONCE = max(1, min(4, os.cpu_count() or 1))  # each takes up to 0.4 GB
 
 
 def find_compiler() -> str:
@@ -92,8 +92,9 @@ def _compile(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) ->
         if not target.exists():
             _run([compiler, *COMPILE_FLAGS, f"-I{CORE}", "-c", str(source), "-o"], target)
 
+    largest_first = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
     with ThreadPoolExecutor(COMPILERS_AT_ONCE) as pool:
-        list(pool.map(compile_one, sources, objects))
+        list(pool.map(lambda pair: compile_one(*pair), largest_first))
     return objects
 
 
