@@ -235,8 +235,8 @@ def test_a_lock_that_cannot_be_had_costs_only_the_wait(folder, monkeypatch, capl
 
 def count_compilations(monkeypatch):
     compilations = []
-    real = compiled._compile
-    monkeypatch.setattr(compiled, "_compile", lambda *given: (compilations.append(given), real(*given))[1])
+    real = compiled.compile_now
+    monkeypatch.setattr(compiled, "compile_now", lambda *given: (compilations.append(given), real(*given))[1])
     return compilations
 
 
@@ -271,3 +271,41 @@ def test_an_entry_that_is_whole_but_does_not_load_is_compiled_anew(folder, monke
     cute_sparse.warmup(arch="sm_90a", head_dim=64)
     assert len(compilations) == 1
     assert "does not load" in caplog.text
+
+
+EMULATED = """
+import sys, torch, cute_sparse
+from cute_sparse import compiled
+count = 0
+real = compiled.compile_now
+def counting(*given):
+    global count
+    count += 1
+    return real(*given)
+compiled.compile_now = counting
+q = torch.randn(1, 70, 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+with cute_sparse.emulated(sys.argv[1]) as device:
+    out = cute_sparse.attention(q, q, q, causal=True, threshold=0.1)
+    print(count, len(device.launches), (out.float() - cute_sparse_reference(q)).abs().max().item() < 0.02)
+"""
+REFERENCE = """
+def cute_sparse_reference(q):
+    from cute_sparse import reference
+    return reference.attention(
+        q, q, q, softmax_scale=0.125, window_right=0, threshold=torch.tensor(1e-30), dtype=torch.float32
+    ).out
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_an_emulated_kernel_comes_from_disk_in_the_next_process(folder, arch):
+    """Its PTX travels with it: the emulator runs that."""
+    pytest.importorskip("cutlass")
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", REFERENCE + EMULATED, arch], capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.split())
+    assert outputs == [["1", "1", "True"], ["0", "1", "True"]]
