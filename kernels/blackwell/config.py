@@ -13,6 +13,7 @@ ELEMENT_BYTES = 2
 SM_REGISTERS = 65536
 SM_SHARED_BYTES = 232448  # 227 KiB, the most one CTA may have (cudaDevAttrMaxSharedMemoryPerBlockOptin)
 RESERVED_SHARED_BYTES = 3072  # barriers, flags, one float a row and query tile, and the alignment of the tiles
+SMS = 148  # of B200 and B300; fewer or more only make the last wave less even
 L2_BYTES = 96 << 20  # of B200's 126 MB: what K and V of the heads in flight may take
 
 
@@ -33,6 +34,7 @@ class PrefillConfig:
     p_early_columns  columns of P released to the MMA warp before the rest is computed
     exp2_emulated    pairs out of 16 that `exp2.py` computes, in all but the last 32 columns of a tile
     registers_*      per thread after setmaxnreg
+    ctas             CTAs that claim work tiles dynamically; 0 gives every CTA one work tile
     """
 
     head_dim: int
@@ -48,6 +50,7 @@ class PrefillConfig:
     registers_softmax: int
     registers_correction: int
     registers_other: int
+    ctas: int = SMS
 
     def __post_init__(self) -> None:
         assert self.registers_total <= SM_REGISTERS, f"{self.registers_total} registers planned of {SM_REGISTERS}"
@@ -144,6 +147,12 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[PrefillConfig]:
     return [config for config in configs if config is not None]
 
 
+# What ptxas 13.0 compiles without spilling. The state of the vote and of the next work tile together do not fit
+# beside a row of scores, so a sparse kernel leaves the order of its work tiles to the hardware's block scheduler.
+_TWO_TILES_DENSE = dict(registers_softmax=192, registers_correction=64, registers_other=64)
+_TWO_TILES_SPARSE = dict(registers_softmax=200, registers_correction=48, registers_other=64, ctas=0)
+
+
 def _two_query_tiles(problem: Problem, exp2_emulated: int) -> PrefillConfig | None:
     head_dim, head_dim_v = round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 16)
     tile_n = 128
@@ -163,9 +172,7 @@ def _two_query_tiles(problem: Problem, exp2_emulated: int) -> PrefillConfig | No
         v_stages=stages[1],
         p_early_columns=96,
         exp2_emulated=exp2_emulated,
-        registers_softmax=200,
-        registers_correction=48,
-        registers_other=64,
+        **_TWO_TILES_SPARSE if problem.sparsity else _TWO_TILES_DENSE,
     )
 
 
@@ -192,6 +199,7 @@ def _one_query_tile(problem: Problem, exp2_emulated: int) -> PrefillConfig | Non
         registers_softmax=240,
         registers_correction=112,
         registers_other=128,
+        ctas=0 if problem.sparsity else SMS,
     )
 
 

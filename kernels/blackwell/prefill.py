@@ -14,13 +14,13 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.blackwell_helpers as sm100
-from cutlass import Boolean, Float32, Int32, Int64, Uint8, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
-from cute_sparse.device.bundles import PrefillOperands, TokenTensor, log2_threshold, prefill_operands
+from cute_sparse.device.bundles import TMA_ALIGN_BYTES, PrefillOperands, TokenTensor, log2_threshold, prefill_operands
 from cute_sparse.device.mask import Band, TileRange
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
-from cute_sparse.device.schedule import NO_TILE, OneTile, TileOrder, WorkTile, heads_in_cache
+from cute_sparse.device.schedule import NO_TILE, SLOT_WORDS, DynamicTiles, OneTile, TileOrder, WorkTile, heads_in_cache
 from cute_sparse.kernels.blackwell import tmem, umma
 from cute_sparse.kernels.blackwell.config import (
     ELEMENT_BYTES,
@@ -59,6 +59,7 @@ RESCALE_FRAGMENT = 16  # columns of O in registers at a time, beside a whole row
 STORE_ELEMENTS = 8  # 16 bytes: one store
 KEPT, SKIPPED = 1, 2  # in the skip map
 BARRIERS_PER_PIPE = 2  # query tiles or score buffers, whichever are more
+TILE_SLOTS = 2  # work tiles announced ahead
 DECISIONS = 8  # skip decisions remembered per query tile: more than the load warp may lag behind the vote
 TILE_ALIGN_BYTES = 1024  # shared-memory tiles: one repetition of the widest swizzle
 
@@ -83,6 +84,7 @@ class Pipes(NamedTuple):
     o_step: Any
     o_done: Any
     row_done: Any
+    o_free: Any
     decided: Any  # (query tile, slot of DECISIONS)
 
 
@@ -190,6 +192,7 @@ class Prefill:
       o_step    mma -> softmax, with one query tile: 1 commit of a P V. O may be rescaled
       o_done    mma -> correction: query tiles; 1 commit of the last P V
       row_done  softmax -> correction: query tiles; 128 threads: sFactor is written
+      o_free    correction -> mma, softmax: query tiles; 128 threads: O and sFactor were read. Only if persistent
       decided   softmax -> load, in sparse problems: DECISIONS slots a query tile; 1 thread: sKeep is written
 
     Timeline (steady state, two query tiles; the KV tile in brackets)
@@ -216,6 +219,7 @@ class Prefill:
         self.dtype = DTYPES[problem.dtype]
         self.sparse = problem.sparsity is not None
         self.one_tile = config.query_tiles == 1
+        self.persistent = config.ctas > 0
         self.steps_k = config.k_chunk // umma.INSTRUCTION_K
         self.steps_v = config.tile_n // umma.INSTRUCTION_K
         self.steps_early = config.p_early_columns // umma.INSTRUCTION_K
@@ -278,9 +282,8 @@ class Prefill:
             group,
             order,
         )
-        self.kernel(operands).launch(
-            grid=OneTile.grid(order), block=(config.threads, 1, 1), stream=stream, min_blocks_per_mp=1
-        )
+        grid = DynamicTiles.grid(order, config.ctas) if const_expr(self.persistent) else OneTile.grid(order)
+        self.kernel(operands).launch(grid=grid, block=(config.threads, 1, 1), stream=stream, min_blocks_per_mp=1)
 
     @cute.kernel
     def kernel(self, op: Operands):
@@ -292,6 +295,8 @@ class Prefill:
         if warp == 0:
             with cute.arch.elect_one():
                 self._initialise(pipes)
+                if const_expr(self.persistent):
+                    self._tile_ring(storage).initialise()
         if warp == config.load_warp:
             for atom in (op.q_atom, op.k_atom, op.v_atom):
                 cpasync.prefetch_descriptor(atom)
@@ -300,7 +305,7 @@ class Prefill:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         base = Int32(cute.make_tensor(storage.tmem_base.ptr, 1)[0])
-        schedule = OneTile(op.order)
+        schedule = self._schedule(op, storage)
 
         if warp < config.softmax_warps:
             cute.arch.setmaxregister_increase(config.registers_softmax)
@@ -329,6 +334,7 @@ class Prefill:
         config = self.config
         k_cursor, v_cursor = producer_cursor(), producer_cursor()
         q_parity = Int32(0b11)  # one bit a query tile
+        counts = [Int32(0)] * config.query_tiles  # KV tiles of each query tile in the work tiles before
         tile, claim = schedule.first_for_producer()
         while tile.m_block != NO_TILE:
             work = self._work(op, tile)
@@ -362,11 +368,12 @@ class Prefill:
                 fetch = Boolean(True)
                 if const_expr(self.sparse):
                     if not skipping and i >= self.v_lag:
-                        skipping = not self._wanted(pipes, tiles, work, n_block + self.v_lag)
+                        skipping = not self._wanted(pipes, tiles, work, counts, n_block + self.v_lag)
                     if skipping:
-                        fetch = self._wanted(pipes, tiles, work, n_block)
+                        fetch = self._wanted(pipes, tiles, work, counts, n_block)
                         skipping = not fetch
                 v_cursor = self._load_v(op, pipes, tVsV, tVgV, n_block, v_cursor, fetch)
+            counts = added(counts, [r.end - r.begin for r in work.ranges])
             tile, claim = schedule.next_for_producer(tile, claim)
 
     @cute.jit
@@ -396,12 +403,12 @@ class Prefill:
         return cursor
 
     @cute.jit
-    def _wanted(self, pipes: Pipes, tiles: Tiles, work: Work, n_block: Int32) -> Boolean:
+    def _wanted(self, pipes: Pipes, tiles: Tiles, work: Work, counts, n_block: Int32) -> Boolean:
         """Whether any query tile keeps a KV tile, once they have decided."""
         wanted = Boolean(False)
         for s in cutlass.range_constexpr(self.config.query_tiles):
             if work.ranges[s].begin <= n_block and n_block < work.ranges[s].end:
-                number = work.ranges[s].end - 1 - n_block
+                number = counts[s] + work.ranges[s].end - 1 - n_block
                 decided = pipes.decided + (s * DECISIONS + number % DECISIONS)
                 cute.arch.mbarrier_wait(decided, number // DECISIONS & 1)
                 wanted = self._decision(tiles, s, number) or wanted
@@ -415,11 +422,12 @@ class Prefill:
         plan = self.config.tmem
         fragments = self._fragments(op, tiles)
         k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
-        q_parity, p_parity, rest_parity = Int32(0), Int32(0), Int32(0)  # one bit a query tile
+        q_parity, p_parity, rest_parity, o_parity = Int32(0), Int32(0), Int32(0), Int32(0b11)  # one bit a query tile
+        counts = [Int32(0), Int32(0)]  # KV tiles of each query tile in the work tiles before
         tile, claim = schedule.first()
         while tile.m_block != NO_TILE:
             work = self._work(op, tile)
-            begins, ends = [r.begin for r in work.ranges], [r.end for r in work.ranges]
+            begins, sizes = [r.begin for r in work.ranges], [r.end - r.begin for r in work.ranges]
             steps = work.union.end - work.union.begin
             started = Int32(0)  # one bit a query tile: O holds something
             for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
@@ -427,23 +435,30 @@ class Prefill:
                 if i > 0:
                     pipes.v.wait(v_cursor)
                 for s in cutlass.range_constexpr(2):
-                    if begins[s] <= n_block + 1 and n_block + 1 < ends[s]:
+                    if is_within(n_block + 1, begins[s], sizes[s]):
                         cute.arch.mbarrier_wait(pipes.p_ready + s, p_parity >> s & 1)
+                        tmem.fence_after_sync()
                         p_parity = p_parity ^ (1 << s)
-                        if self._kept(tiles, s, ends[s] - 2 - n_block):
+                        if const_expr(self.persistent):
+                            if started >> s & 1 == 0:
+                                cute.arch.mbarrier_wait(pipes.o_free + s, o_parity >> s & 1)
+                                tmem.fence_after_sync()
+                                o_parity = o_parity ^ (1 << s)
+                        last = n_block + 1 == begins[s]
+                        if self._kept(tiles, s, counts[s] + begins[s] + sizes[s] - 2 - n_block):
                             self._values(
                                 fragments,
                                 base + plan.outputs[s],
                                 base + plan.probabilities[s],
                                 v_cursor.index,
                                 0,
-                                (started >> s & 1) != 0,
+                                started >> s & 1 != 0,
                                 pipes.p_rest + s,
                                 rest_parity >> s & 1,
                             )
                             rest_parity = rest_parity ^ (1 << s)
                             started = started | (1 << s)
-                        if n_block + 1 == begins[s]:
+                        if last:
                             with cute.arch.elect_one():
                                 umma.commit(pipes.o_done + s)
                     if const_expr(s == 0):
@@ -454,13 +469,12 @@ class Prefill:
                             with cute.arch.elect_one():
                                 umma.commit(pipes.v.empty(v_cursor))
                             v_cursor = pipes.v.advanced(v_cursor)
-                    if begins[s] <= n_block and n_block < ends[s]:
-                        if n_block == ends[s] - 1:
+                    if is_within(n_block, begins[s], sizes[s]):
+                        if n_block == begins[s] + sizes[s] - 1:
                             cute.arch.mbarrier_wait(pipes.q_full + s, q_parity >> s & 1)
                             q_parity = q_parity ^ (1 << s)
-                        self._scores(fragments, base + plan.scores[s], s, 0, k_cursor.index)
-                        with cute.arch.elect_one():
-                            umma.commit(pipes.s_full + s)
+                        done = (pipes.s_full + s,)
+                        self._scores(fragments, base + plan.scores[s], s, 0, k_cursor.index, done)
                         if n_block == begins[s]:
                             with cute.arch.elect_one():
                                 umma.commit(pipes.q_empty + s)
@@ -468,6 +482,7 @@ class Prefill:
                     with cute.arch.elect_one():
                         umma.commit(pipes.k.empty(k_cursor))
                     k_cursor = pipes.k.advanced(k_cursor)
+            counts = added(counts, sizes)
             tile, claim = schedule.next(tile, claim)
 
     @cute.jit
@@ -476,7 +491,7 @@ class Prefill:
         config, plan = self.config, self.config.tmem
         fragments = self._fragments(op, tiles)
         k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
-        q_parity = Int32(0)
+        q_parity, o_parity = Int32(0), Int32(1)
         first, kept = Int32(0), Int32(0)  # KV tiles before this work tile; KV tiles multiplied by P
         tile, claim = schedule.first()
         while tile.m_block != NO_TILE:
@@ -491,14 +506,12 @@ class Prefill:
                     buffer = (first + i) & 1
                     for chunk in cutlass.range_constexpr(config.k_chunks):
                         pipes.k.wait(k_cursor)
-                        self._scores(
-                            fragments, base + plan.scores[0] + buffer * plan.buffer_stride, 0, chunk, k_cursor.index
-                        )
-                        with cute.arch.elect_one():
-                            umma.commit(pipes.k.empty(k_cursor))
+                        done = (pipes.k.empty(k_cursor),)
+                        if const_expr(chunk == config.k_chunks - 1):
+                            done = (pipes.s_full + buffer, pipes.k.empty(k_cursor))
+                        scores = base + plan.scores[0] + buffer * plan.buffer_stride
+                        self._scores(fragments, scores, 0, chunk, k_cursor.index, done)
                         k_cursor = pipes.k.advanced(k_cursor)
-                    with cute.arch.elect_one():
-                        umma.commit(pipes.s_full + buffer)
                     if i == steps - 1:
                         with cute.arch.elect_one():
                             umma.commit(pipes.q_empty)
@@ -506,7 +519,13 @@ class Prefill:
                     last = first + i - 1
                     buffer = last & 1
                     cute.arch.mbarrier_wait(pipes.p_ready + buffer, last >> 1 & 1)
-                    keep = self._kept(tiles, 0, i - 1)
+                    tmem.fence_after_sync()
+                    if const_expr(self.persistent):
+                        if started == 0:
+                            cute.arch.mbarrier_wait(pipes.o_free, o_parity)
+                            tmem.fence_after_sync()
+                            o_parity = o_parity ^ 1
+                    keep = self._kept(tiles, 0, last)
                     for chunk in cutlass.range_constexpr(config.v_chunks):
                         pipes.v.wait(v_cursor)
                         if keep:
@@ -559,9 +578,9 @@ class Prefill:
         query_tile: cutlass.Constexpr[int],
         chunk: cutlass.Constexpr[int],
         k_slot: Int32,
+        done,
     ):
-        """S = Q K^T, or for a later chunk of head_dim, S += Q K^T."""
-        tmem.fence_after_sync()
+        """S = Q K^T, or for a later chunk of head_dim, S += Q K^T; then arrive on each barrier of `done`."""
         q, k = fragments.q, fragments.k
         # Recomputed here, because the compiler would otherwise hold one register pair an instruction.
         q_first = umma.opaque(q.first) + query_tile * q.slot_stride
@@ -571,6 +590,8 @@ class Prefill:
                 q_step = q_first + q.steps[chunk * self.steps_k + step]
                 accumulate = chunk > 0 or step > 0
                 umma.issue_from_shared(accumulator, q_step, k_first + k.steps[step], self.s_instruction, accumulate)
+            for barrier in done:
+                umma.commit(barrier)
 
     @cute.jit
     def _values(
@@ -585,19 +606,14 @@ class Prefill:
         rest_parity,
     ):
         """O (+)= P V for the columns of one chunk of V; the first chunk waits for the rest of P."""
-        tmem.fence_after_sync()
         v = fragments.v
         v_first = v.first + Int64(v_slot * v.slot_stride)
-        early = self.steps_early if const_expr(chunk == 0) else self.steps_v
         with cute.arch.elect_one():
-            for step in cutlass.range_constexpr(early):
+            for step in cutlass.range_constexpr(self.steps_v):
+                if const_expr(chunk == 0 and step == self.steps_early):
+                    cute.arch.mbarrier_wait(rest_barrier, rest_parity)
+                    tmem.fence_after_sync()
                 self._value_step(accumulator, probabilities, v_first, v, step, accumulate if step == 0 else True)
-        if const_expr(early < self.steps_v):
-            cute.arch.mbarrier_wait(rest_barrier, rest_parity)
-            tmem.fence_after_sync()
-            with cute.arch.elect_one():
-                for step in cutlass.range_constexpr(early, self.steps_v):
-                    self._value_step(accumulator, probabilities, v_first, v, step, True)
 
     def _value_step(self, accumulator, probabilities, v_first, v, step, accumulate) -> None:
         p_step = probabilities + step * umma.INSTRUCTION_K // 2  # two elements of P a column
@@ -615,6 +631,7 @@ class Prefill:
         count = Int32(0)  # KV tiles seen by this warpgroup
         kept = cute.make_rmem_tensor(1, Int32)
         kept[0] = Int32(0)
+        free_parity = Int32(1)
         tile, claim = schedule.first()
         while tile.m_block != NO_TILE:
             span_q, span_k = self._spans(op, tile)
@@ -645,6 +662,9 @@ class Prefill:
                         self._softmax_tile(step, whole_begin - 1 - i, count, False, True)
                         count += 1
                 factor, lse = state.finish()
+                if const_expr(self.persistent):
+                    cute.arch.mbarrier_wait(pipes.o_free + query_tile, free_parity)
+                    free_parity = free_parity ^ 1
                 tiles.sFactor[row, query_tile] = factor
                 cute.arch.mbarrier_arrive(pipes.row_done + query_tile)
             if const_expr(self.problem.return_lse):
@@ -783,6 +803,9 @@ class Prefill:
                     output = lane + plan.outputs[s]
                     for first_column in cutlass.range_constexpr(0, config.head_dim_v, STORE_FRAGMENT):
                         columns = tmem.load_row(output + first_column, STORE_FRAGMENT, STORE_FRAGMENT)
+                        if const_expr(self.persistent and first_column + STORE_FRAGMENT == config.head_dim_v):
+                            tmem.fence_before_sync()
+                            cute.arch.mbarrier_arrive(pipes.o_free + s)
                         if exists:
                             self._store_columns(gO, first_column, columns, factor)
                 else:  # nothing was multiplied
@@ -835,6 +858,16 @@ class Prefill:
             return None
         return log2_threshold(op.prefill.threshold, tile.batch_idx, tile.head_idx)
 
+    def _schedule(self, op: Operands, storage):
+        if not self.persistent:
+            return OneTile(op.order)
+        slots = storage.sTile.get_tensor(cute.make_layout((SLOT_WORDS, TILE_SLOTS)))
+        return DynamicTiles(op.order, op.prefill.work_counter, slots, self._tile_ring(storage))
+
+    def _tile_ring(self, storage) -> Ring:
+        """Work tiles go from the load warp to every softmax, correction and MMA warp."""
+        return Ring(storage.tile_ring.data_ptr(), TILE_SLOTS, self.config.mma_warp + 1)
+
     def _pipes(self, storage) -> Pipes:
         config = self.config
         return Pipes(
@@ -846,7 +879,7 @@ class Prefill:
     def _initialise(self, pipes: Pipes) -> None:
         pipes.k.initialise()
         pipes.v.initialise()
-        arrivals = {"p_ready": GROUP_THREADS, "p_rest": GROUP_THREADS, "row_done": GROUP_THREADS}
+        arrivals = dict.fromkeys(("p_ready", "p_rest", "row_done", "o_free"), GROUP_THREADS)
         for name in Pipes._fields[2:-1]:
             for i in range(BARRIERS_PER_PIPE):
                 cute.arch.mbarrier_init(getattr(pipes, name) + i, arrivals.get(name, 1))
@@ -876,6 +909,7 @@ def shared_storage(config: PrefillConfig, dtype: type, sQ_layout, sK_layout, sV_
     class SharedStorage:
         k_ring: cute.struct.MemRange[Int64, 2 * config.k_stages]
         v_ring: cute.struct.MemRange[Int64, 2 * config.v_stages]
+        tile_ring: cute.struct.MemRange[Int64, 2 * TILE_SLOTS]
         q_full: pipe
         q_empty: pipe
         s_full: pipe
@@ -884,7 +918,9 @@ def shared_storage(config: PrefillConfig, dtype: type, sQ_layout, sK_layout, sV_
         o_step: pipe
         o_done: pipe
         row_done: pipe
+        o_free: pipe
         decided: cute.struct.MemRange[Int64, DECISIONS * config.query_tiles]
+        sTile: cute.struct.Align[cute.struct.MemRange[Int32, SLOT_WORDS * TILE_SLOTS], TMA_ALIGN_BYTES]
         tmem_base: Int32
         sKeep: cute.struct.MemRange[Int32, DECISIONS * config.query_tiles]
         sFactor: cute.struct.MemRange[Float32, TILE_M * config.query_tiles]
@@ -924,6 +960,16 @@ def union(ranges: list) -> TileRange:
     begin = cutlass.min(a.begin, b.begin)
     begin = cutlass.select_(a.end == 0, b.begin, cutlass.select_(b.end == 0, a.begin, begin))
     return TileRange(begin, cutlass.max(a.end, b.end))
+
+
+def is_within(n_block, begin, size):
+    """begin <= n_block < begin + size, for size >= 0, in one comparison."""
+    return Uint32(n_block - begin) < Uint32(size)
+
+
+def added(counts: list, more: list) -> list:
+    """Element by element."""
+    return [count + value for count, value in zip(counts, more, strict=True)]
 
 
 def _operand(fragment: cute.Tensor) -> Operand:
