@@ -71,3 +71,46 @@ def _build_wheel(build, source: Path, folder: Path) -> Path:
             return folder / build.build_wheel(str(folder))
     finally:
         os.chdir(before)
+
+
+# ---- README ----
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+def test_the_readme_s_support_matrix_is_what_the_kernels_declare():
+    pytest.importorskip("cutlass")
+    from cute_sparse import support
+
+    shown = readme().partition(support.BEGIN)[2].partition(support.END)[0].strip()
+    assert shown == support.markdown(), "paste the output of: python -m cute_sparse.support"
+
+
+def test_the_readme_s_example_runs():
+    """On a CPU, with shorter sequences: every call that it shows, and the shapes that its comments say."""
+    code = readme().partition("```python\n")[2].partition("```")[0]
+    assert 'device="cuda"' in code and "8192" in code
+    names: dict = {}
+    exec(code.replace('device="cuda"', 'device="cpu"').replace("8192", "256"), names)
+    assert names["out"].shape == (1, 256, 32, 128) and names["lse"].shape == (1, 32, 256)
+    assert names["kept"].shape == names["visited"].shape == (1, 32)
+
+
+def test_every_path_of_the_readme_s_map_exists():
+    table = readme().partition("## Map")[2]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    paths = [path for row in rows for path in row.split("`")[1::2]]
+    folder = ""
+    assert len(paths) > 10
+    for path in paths:
+        folder = path.rpartition("/")[0] if "/" in path else folder
+        assert (ROOT / (path if "/" in path else f"{folder}/{path}")).exists(), path
+
+
+def test_the_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "make test" in readme() and "make demo" in readme()
+    assert "\ntest:" in makefile and "\ndemo:" in makefile
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
