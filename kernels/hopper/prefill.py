@@ -21,12 +21,14 @@ from cute_sparse.kernels.hopper.config import (
     ELEMENT_BYTES,
     L2_BYTES,
     SHARED_ALIGN_BYTES,
+    SHARED_BYTES,
     WARPGROUP_ROWS,
     WARPGROUP_THREADS,
     WARPGROUP_WARPS,
     Config,
     choose,
     padded,
+    shared_bytes,
 )
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
@@ -168,20 +170,27 @@ class HopperPrefill:
     Pipelines  (producer -> consumer: slots; what fills; what drains)
       q      TMA -> MMA: 1; bytes of Q; one arrival per consumer warp, or, where out is staged in Q's memory, one
              per warpgroup once the store has read it
-      k, v   TMA -> MMA: `stages` each; bytes of the tile; one arrival per consumer warp
+      k, v   TMA -> MMA: `k_stages`, `v_stages`; bytes of the tile; one arrival per consumer warp
+      votes  consumers -> producer: `k_stages`; one arrival per warpgroup; nothing drains them, the order of the K and
+             V rings protects them (only where V may be held back)
       tiles  producer -> consumers: 2; one arrival of lane 0; one arrival per consumer warp (dynamic schedule only)
 
     Timeline, steady state, for KV tile j (j falls)
-      producer   K[j], V[j+1], K[j-1], V[j], ..
+      producer   K[j], V[j + lead], K[j - 1], V[j + lead - 1], ..    where lead = k_stages - 1
       consumer   wait for the turn; issue S = Q K[j]^T; issue O += P V[j+1]; pass the turn; wait for S; mask;
-                 maxima; vote; p = 2^(..); wait for O; release V[j+1]; P = round(p); rescale O if a reference moved
+                 maxima; vote; p = 2^(..); wait for O; P = round(p); rescale O if a reference moved; release V[j+1]
 
     Skipping.  The vote is one `barrier.cta.red` over the warpgroup's 128 threads, right after the thread-local maxima
     and before any exponential. A skipped tile leaves P, the sums and O as they were and clears `p_pending`, which
     travels with P: the next step then issues Q K^T alone and waits for it alone. With no threshold none of this is
-    compiled. V of a skipped tile is loaded nevertheless: the producer runs ahead of the vote by the depth of the
-    ring, so a copy could only be held back by letting every V load wait for the vote on its tile, which puts the
-    load's latency (about 1 us, the time of a whole step) between the vote and P V of every kept tile.
+    compiled.
+
+    V of a tile that every warpgroup skips.  To wait for the vote before every V load would put the load's latency,
+    about one step, between the vote and P V of every kept tile. So the producer waits only where it expects a skip:
+    after `hold_v_after` tiles in a row that every warpgroup skipped, it loads V when, and only if, somebody has voted
+    to keep the tile, and else hands the slot over empty. It learns those earlier votes at no cost, because a V slot
+    that is free implies them. Needs a third K slot (`config.candidates` says where there is room): K has to run
+    ahead of a V that waits.
     """
 
     def __init__(self, problem: Problem, config: Config):
@@ -465,6 +474,7 @@ class HopperPrefill:
                     k, v, kept = self._walk(consumer, q, k, v)
                 else:
                     softmax.clear()
+                    self._finish_q(consumer, q)
                 self.store(consumer, q)
                 if const_expr(operands.stats is not None):
                     self._count(consumer, kept)
@@ -511,8 +521,7 @@ class HopperPrefill:
             if const_expr(self.sparse):
                 p_pending = keeps
                 kept += Int32(keeps)
-        if const_expr(not self.config.out_aliases_q):
-            shared.q_ring.release(q)
+        self._finish_q(consumer, q)
         self._last_product(consumer, v, p_pending)
         return k, shared.v_ring.advanced(v), kept
 
@@ -573,6 +582,11 @@ class HopperPrefill:
             shared.v_ring.wait(v)
         shared.v_ring.release(v)
         return keeps
+
+    def _finish_q(self, consumer: Consumer, q: Cursor) -> None:
+        """Hand Q's slot back, unless out is going to be staged in it: then `store` does."""
+        if not self.config.out_aliases_q:
+            consumer.shared.q_ring.release(q)
 
     @cute.jit
     def _last_product(self, consumer: Consumer, v: Cursor, p_pending):
@@ -770,8 +784,15 @@ def _load(ring: Ring, slot: Cursor, tx_bytes: int, atom: cute.CopyAtom, source, 
 
 
 def compile(problem: Problem, config: Config | None = None):
-    """Compile the host function of `HopperPrefill` for sm_90a: callable with the operands of PREFILL, then a stream."""
-    kernel = HopperPrefill(problem, config or choose(problem))
+    """Compile the host function of `HopperPrefill` for sm_90a: callable with the operands of PREFILL, then a stream.
+
+    Raises ValueError for a config that needs more shared memory than an SM has.
+    """
+    config = config or choose(problem)
+    needed = shared_bytes(problem, config)
+    if needed > SHARED_BYTES:
+        raise ValueError(f"{config} needs {needed} bytes of shared memory for {problem}; a CTA has {SHARED_BYTES}")
+    kernel = HopperPrefill(problem, config)
     element_types = {"q": DTYPES[problem.dtype], "k": DTYPES[problem.dtype], "v": DTYPES[problem.dtype]}
     element_types |= {"out": DTYPES[problem.dtype], "lse": Float32, "threshold": Float32, "skip_map": cutlass.Uint8}
     placeholders = {"int32": Int32(1), "int64": Int64(1), "float32": Float32(1.0)}

@@ -1,0 +1,194 @@
+"""The Hopper prefill kernel, beyond what every kernel is tested for: its configurations, and its exact work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cute_sparse
+from cute_sparse.problem import Problem
+from tests.cases import CASES, Case, make_inputs
+from tests.conftest import ORDERS
+from tests.test_attention import call, check
+
+pytest.importorskip("cutlass")
+
+from cute_sparse.kernels.hopper import config as hopper_config
+from cute_sparse.kernels.hopper import prefill as hopper_prefill
+
+ARCH = "sm_90a"
+
+# How the chosen config is changed. Two CTAs have many work tiles each, of which some are empty.
+CONFIGS = {
+    "one work tile per CTA": dict(ctas=0),
+    "two CTAs": dict(ctas=2),
+    "two CTAs, out in the memory of Q": dict(ctas=2, out_aliases_q=True, k_stages=2, hold_v_after=0),
+    "no turns": dict(ctas=2, ping_pong=False),
+    "three warpgroups": dict(ctas=2, warpgroups=3, tile_n=64),
+    "three V slots": dict(ctas=2, tile_n=64, v_stages=3, hold_v_after=0),
+    "narrow tiles, V held after one skip": dict(ctas=2, tile_n=64, hold_v_after=1),
+    "narrow tiles, V never held": dict(ctas=2, tile_n=64, hold_v_after=0),
+}
+SEVERAL = Case(lengths_q=(400, 400), lengths_k=(450, 450), threshold=0.01, mixed=True, causal=True)
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """Call it with changes to a `Config`: from then on every problem gets its own choice, so changed."""
+    choose = hopper_config.choose
+
+    def change(**changes):
+        monkeypatch.setattr(hopper_config, "choose", lambda problem: replace(choose(problem), **changes))
+
+    return change
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_way_of_configuring_it_equals_the_oracle(name, order, configured):
+    configured(**CONFIGS[name])
+    inputs = make_inputs(SEVERAL)
+    with cute_sparse.emulated(ARCH, order=order, seed=2):
+        got = call(SEVERAL, inputs, return_lse=True, return_stats=True)
+    check(SEVERAL, inputs, got)
+
+
+@pytest.mark.parametrize("name", ["rows without a key", "packed, empty sequences", "packed, other lengths of keys"])
+@pytest.mark.parametrize("out_aliases_q", [False, True])
+def test_work_tiles_without_keys_between_others(name, out_aliases_q, configured):
+    configured(ctas=1, tile_n=128, out_aliases_q=out_aliases_q)
+    case = CASES[name]
+    inputs = make_inputs(case)
+    with cute_sparse.emulated(ARCH, order="random", seed=3):
+        got = call(case, inputs, return_lse=True, return_stats=True)
+    check(case, inputs, got)
+
+
+def run_counted(case: Case, **more):
+    """(result, counts of the launch)."""
+    inputs = make_inputs(case)
+    with cute_sparse.emulated(ARCH) as device:
+        got = call(case, inputs, **more)
+        (launch,) = device.launches
+    return got, launch.counts
+
+
+WARPS, MMA_K, ROWS = 4, 16, 64
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_skipped_tile_costs_its_scores_and_nothing_else(causal):
+    case = Case(lengths_q=(1024,), lengths_k=(1024,), threshold=0.01, causal=causal)
+    got, counts = run_counted(case, return_stats=True)
+    kept, visited = got.stats.tile_counts.sum(dim=(1, 2)).tolist()
+    assert 0.2 * visited < kept < 0.9 * visited
+    tile_n = got.stats.geometry.tile_n
+    scores = visited * WARPS * case.head_dim // MMA_K
+    products = kept * WARPS * tile_n // MMA_K
+    assert counts.mma_instructions == {"wgmma.mma_async": scores + products}
+    exponentials = kept * ROWS * tile_n // 32
+    # and two for each warp that moves its reference, at most once for each kept tile
+    assert exponentials <= counts.exponentials <= exponentials + kept * WARPS * 2
+
+
+def test_v_of_tiles_that_every_warpgroup_skips_is_not_loaded(configured):
+    case = Case(lengths_q=(1024,), lengths_k=(1024,), threshold=0.01, causal=True)
+    got, held = run_counted(case, return_stats=True)
+    configured(hold_v_after=0)
+    same, loaded = run_counted(case, return_stats=True)
+    assert torch.equal(got.out, same.out) and torch.equal(got.stats.skip_map, same.stats.skip_map)
+    v_bytes = got.stats.geometry.tile_n * case.head_dim_v * 2
+    not_loaded, rest = divmod(loaded.tma_bytes_loaded - held.tma_bytes_loaded, v_bytes)
+    assert rest == 0 and not_loaded == tiles_held_back(got.stats.skip_map, case)
+
+
+def tiles_held_back(skip_map: torch.Tensor, case: Case) -> int:
+    """How many tiles a CTA skips whole, after as many in a row that it skipped whole."""
+    after = hopper_config.HOLD_V_AFTER
+    groups_per_cta = 2
+    count = 0
+    for head in skip_map.flatten(0, 1):
+        for groups in head.split(groups_per_cta):
+            visited = [bool(column.any()) for column in groups.T]
+            skipped = [bool((column == 2).all()) for column, seen in zip(groups.T, visited, strict=True) if seen]
+            skipped.reverse()  # tiles are visited from the last
+            count += sum(all(skipped[i - after : i + 1]) for i in range(after + 1, len(skipped)))
+    return count
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_at_nothing_skipped_the_work_is_that_of_the_dense_kernel(causal, configured):
+    configured(tile_n=128, out_aliases_q=False)
+    dense = Case(lengths_q=(512,), lengths_k=(512,), causal=causal)
+    _, dense_counts = run_counted(dense)
+    _, sparse_counts = run_counted(replace(dense, threshold=1e-30))
+    assert sparse_counts.mma_instructions == dense_counts.mma_instructions
+    assert sparse_counts.tma_bytes_loaded == dense_counts.tma_bytes_loaded
+    assert sparse_counts.exponentials == dense_counts.exponentials
+
+
+# FlashAttention-4 4.0.0b36 on sm_90, counted in an emulator: 2 query heads on 1 KV head, 1024 x 1024, BF16; warp
+# instructions per tile of 128 x 128 scores, everything included.
+FLASH_ATTENTION_4 = {
+    # (head_dim, head_dim_v, causal)
+    (64, 64, False): 4485,
+    (64, 64, True): 5681,
+    (128, 128, False): 4761,
+    (128, 128, True): 5420,
+    (192, 128, False): 4809,
+    (192, 128, True): 5475,
+    (256, 256, False): 7087,
+    (256, 256, True): 8001,
+}
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v, causal", FLASH_ATTENTION_4)
+def test_it_takes_fewer_instructions_than_flash_attention_4(head_dim, head_dim_v, causal):
+    case = Case(lengths_q=(1024,), lengths_k=(1024,), head_dim=head_dim, head_dim_v=head_dim_v, causal=causal)
+    _, counts = run_counted(case)
+    blocks = 1024 // 128
+    tiles = case.heads_q * (blocks * (blocks + 1) // 2 if causal else blocks * blocks)
+    assert counts.warp_instructions / tiles < FLASH_ATTENTION_4[head_dim, head_dim_v, causal]
+
+
+def test_the_dense_kernel_has_no_vote_in_it():
+    """Nor barriers beyond the ping-pong's and the store's."""
+    ptx = {}
+    for sparsity in (None, "threshold"):
+        problem = Problem("prefill", "bfloat16", 128, 128, mask="causal", sparsity=sparsity)
+        with cute_sparse.emulated(ARCH):
+            ptx[sparsity] = hopper_prefill.compile(problem).__ptx__
+    assert ptx["threshold"].count("barrier.cta.red.or") == 1
+    assert "barrier.cta.red" not in ptx[None]
+
+
+def test_every_problem_has_a_config_that_fits():
+    for head_dim in range(8, 257, 8):
+        for mask in ("full", "causal", "band"):
+            for sparsity in (None, "threshold"):
+                problem = Problem("prefill", "bfloat16", head_dim, head_dim, mask=mask, sparsity=sparsity)
+                chosen = hopper_config.choose(problem)
+                assert hopper_config.fits(problem, chosen)
+                assert chosen in hopper_config.candidates(problem)
+
+
+def test_the_choice_is_explained_on_request(monkeypatch, capsys):
+    problem = Problem("prefill", "bfloat16", 128, 128)
+    hopper_config.choose(problem)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(hopper_config.EXPLAIN_VARIABLE, "1")
+    chosen = hopper_config.choose(problem)
+    assert str(chosen) in capsys.readouterr().err
+
+
+def test_a_config_too_large_for_an_sm_is_refused():
+    problem = Problem("prefill", "bfloat16", 256, 256)
+    with pytest.raises(ValueError, match="bytes of shared memory"):
+        hopper_prefill.compile(problem, hopper_config.Config(2, 128))
+
+
+def test_v_is_not_held_back_without_a_third_slot_for_k():
+    with pytest.raises(ValueError, match="needs three K slots"):
+        hopper_config.Config(2, 128, k_stages=2, hold_v_after=2)
