@@ -46,11 +46,19 @@ struct Clock {
   void clear() { seen.clear(); proxied.clear(); partial.clear(); }
 };
 
+// Of an engine's accesses, each lane of a warp has waited for its own: the warp's clock knows them up to the present
+// epoch, another lane only up to `converged`, until bar.warp.sync.
+struct LanesWaited {
+  ActorId actor = 0;
+  uint32_t converged = 0;
+};
+
 // What a warp keeps beside its clock (spaces.cpp, barrier.cpp).
 struct WarpOrder {
   Clock fenced;                // published by a later .relaxed arrival: what a fence has released
   Clock unfenced;              // learnt by .relaxed waits; a later fence turns it into knowledge
   ActorId inits = 0;           // mbarrier.init by this warp is an actor of its own: fence.mbarrier_init covers it alone
+  std::vector<LanesWaited> waited;  // since the last convergence; nearly always empty
   uint32_t cluster_arrived = 0;   // lanes that have arrived in the forming generation of the cluster barrier
   uint32_t cluster_unwaited = 0;  // lanes that have arrived and not yet waited
   uint64_t cluster_generation = 0;  // the generation that their arrival belongs to

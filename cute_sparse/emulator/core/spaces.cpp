@@ -79,11 +79,14 @@ class PublishedView {
     clock_.seen[actor_] = std::min(seen_, warp.order.converged);
     if (proxied_) clock_.proxied[actor_] = std::min(proxied_, warp.order.converged);
     clock_.partial.push_back({actor_, warp.mask, seen_, proxied_});
+    waited_ = warp.order.waited;
+    for (LanesWaited& w : waited_) std::swap(w.converged, clock_.seen[w.actor]);
   }
   ~PublishedView() {
     if (!partial_) return;
     clock_.partial.pop_back();
     clock_.seen[actor_] = seen_;
+    for (LanesWaited& w : waited_) std::swap(w.converged, clock_.seen[w.actor]);
     if (proxied_) clock_.proxied[actor_] = proxied_;
   }
 
@@ -92,6 +95,7 @@ class PublishedView {
   ActorId actor_;
   bool partial_ = false;
   uint32_t seen_ = 0, proxied_ = 0;
+  std::vector<LanesWaited> waited_;
 };
 
 Access async_access(Warp& warp, const Stamp& stamp, bool write, bool atomic) {
@@ -289,7 +293,15 @@ void acquire(Warp& warp, const Clock& clock) { warp.clock.join(clock); }
 
 void converge(Warp& warp) {
   warp.order.converged = warp.clock.at(warp.actor);
+  warp.order.waited.clear();
   next_epoch(warp);
+}
+
+void know_by_lanes(Warp& warp, ActorId actor, uint32_t epoch) {
+  auto& waited = warp.order.waited;
+  const bool is_new = std::none_of(waited.begin(), waited.end(), [&](const LanesWaited& w) { return w.actor == actor; });
+  if (is_new) waited.push_back({actor, warp.clock.at(actor)});
+  warp.clock.know(actor, epoch);
 }
 
 void fence_proxy(Warp& warp) {

@@ -49,6 +49,9 @@ void release_into(Warp& warp, Clock& target);
 void acquire(Warp& warp, const Clock& clock);
 // The executing lanes' earlier accesses and those of the rest of the warp are ordered from here on (bar.warp.sync).
 void converge(Warp& warp);
+// Each executing lane has waited for its own part of what `actor` did up to `epoch` (tcgen05.wait): one lane speaks for
+// the others only after they converge.
+void know_by_lanes(Warp& warp, ActorId actor, uint32_t epoch);
 // fence.proxy.async by the executing lanes.
 void fence_proxy(Warp& warp);
 
