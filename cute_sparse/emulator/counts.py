@@ -49,6 +49,9 @@ class Launch:
     """One kernel launch. shared_memory: bytes per CTA, static and dynamic. warps[i]: warp i of every CTA together.
 
     lines: how often warps executed each line of the PTX (1-based); a line that is missing was never reached.
+    unheard: lines that made no difference to this launch: mbarrier waits that only ever passed a barrier as it was
+    initialised (the first lap of a pipeline) or after which the warp only ended, arrivals that no wait learned of (the
+    last lap), wgmma.fences with another between each two uses of a register.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Launch:
     counts: Counts
     warps: tuple[Counts, ...]
     lines: Mapping[int, int]
+    unheard: frozenset[int] = frozenset()
 
     def __str__(self) -> str:
         """One line: geometry and the main counts."""
@@ -85,6 +89,7 @@ def launch_from_core(record: dict) -> Launch:
         counts=total(warps),
         warps=warps,
         lines={int(line): times for line, times in record["lines"].items()},
+        unheard=frozenset(record["unheard"]),
     )
 
 

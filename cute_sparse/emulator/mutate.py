@@ -52,10 +52,14 @@ class Mutation:
 
 @dataclass
 class Survey:
-    """noticed: by mutation, how ("RaceDetected in eager", "other result in late"). survived: those nobody noticed."""
+    """noticed: by mutation, how ("RaceDetected in eager", "other result in late"). idle: those nobody noticed, of
+    statements that the unmodified launch shows to make no difference (`Launch.unheard`): waits of a first lap, arrivals
+    of a last one, doubled fences. survived: the rest, each of which needs an explanation. share: of those not idle.
+    """
 
     kernel: str
     noticed: dict[Mutation, str] = field(default_factory=dict)
+    idle: list[Mutation] = field(default_factory=list)
     survived: list[Mutation] = field(default_factory=list)
 
     @property
@@ -67,9 +71,10 @@ class Survey:
         return len(self.noticed) / self.total if self.total else 1.0
 
     def __str__(self) -> str:
-        lines = [f"{self.kernel}: {len(self.noticed)} of {self.total} removals noticed ({self.share:.1%})"]
+        lines = [f"{self.kernel}: {len(self.noticed)} of {self.total} removals noticed ({self.share:.1%}), {len(self.idle)} idle"]
         ways = Counter(self.noticed.values())
         lines += [f"  {count:4} {way}" for way, count in ways.most_common()]
+        lines += [f"  idle: line {m.line} (executed {m.times} times): {m.text}" for m in self.idle]
         lines += [f"  survived: line {m.line} (executed {m.times} times): {m.text}" for m in self.survived]
         return "\n".join(lines)
 
@@ -109,7 +114,7 @@ def survey(device: Device, schedules: Sequence[tuple[str, int]] = SCHEDULES) -> 
     for mutation, mutated in mutations(ptx, launch.lines):
         how = _how_noticed(device, mutated, schedules)
         if how is None:
-            result.survived.append(mutation)
+            (result.idle if mutation.line in launch.unheard else result.survived).append(mutation)
         else:
             result.noticed[mutation] = how
     return result

@@ -105,6 +105,9 @@ std::string launch_as_json(const LaunchRecord& record) {
   json.key("grid").dims(record.config.grid).key("block").dims(record.config.block);
   json.key("cluster").dims(record.config.cluster).key("shared_bytes").number(record.shared_bytes);
   json.key("seconds").real(record.seconds).key("warp_instructions").number(int64_t(record.warp_instructions));
+  json.key("unheard").begin('[');
+  for (const uint32_t k : record.unheard) json.number(record.program->text->statements[k].line);
+  json.end(']');
   json.key("lines").begin('{');
   for (auto& [line, times] : executed_by_line(record)) json.key(std::to_string(line)).number(int64_t(times));
   json.end('}').key("warps").begin('[');

@@ -182,6 +182,10 @@ uint32_t run_warp(Warp& w, uint32_t quantum, bool checks) {
     ++done;
     ++w.issued[pc];
     ++w.executed[pc];
+    if (i.acts && !w.unused_waits.empty()) {
+      for (const uint32_t wait : w.unused_waits) w.cluster->launch->heard[wait].store(1, std::memory_order_relaxed);
+      w.unused_waits.clear();
+    }
     if (step == Step::next) {
       if (checks) {
         if (i.moves) move_state(w, i, mask); else mark_writes(w, i, mask);

@@ -62,6 +62,7 @@ struct Instr {
   uint32_t guard = NO_GUARD;  // slot of the guard predicate
   bool guard_negated = false;
   bool aligned = false;  // .sync/.aligned: every live lane of the warp must execute it together
+  bool acts = false;     // touches memory or synchronises: what a wait before it may have been for
   bool moves = false;    // a plain copy: hands on whether its sources were written, instead of demanding it
   uint32_t d[2] = {0, 0};              // destination slots
   uint32_t s[5] = {0, 0, 0, 0, 0};     // source slots
@@ -203,6 +204,8 @@ struct Warp {
   Clock clock;                 // what it knows to have happened
   WarpOrder order;             // fences and lanes
   uint64_t fence_epoch = 1;    // counts wgmma.fence
+  uint32_t last_fence = 0;     // statement of the last one
+  std::vector<uint32_t> unused_waits;  // statements of mbarrier waits since the warp last acted
   Tally tally;
   uint64_t* issued = nullptr;    // per code index: executed or predicated off
   uint64_t* executed = nullptr;  // per code index: with at least one lane
@@ -257,6 +260,7 @@ struct MBarrier {
   uint32_t init_epoch = 0, init_warp = 0, init_statement = 0;
   Clock arrivals;              // joined from every arrival
   Clock completed;             // what a successful wait learns
+  std::vector<uint32_t> contributors, heard;  // statements that arrived in this phase, and in the completed ones
 };
 
 struct NamedBarrier {  // bar / barrier.cta
@@ -303,6 +307,7 @@ struct Cluster {
   std::unordered_map<uint64_t, uint32_t> queue_length;
   NamedBarrier cluster_barrier;  // barrier.cluster: expected = all threads of the cluster
   uint64_t next_queue = 1;
+  uint32_t completing = 0;       // statement of the asynchronous operation that is completing now
 
   // Issues an asynchronous operation: completes at once (eager and its queue empty), or joins `pending`.
   void issue(std::unique_ptr<AsyncOp> op);
@@ -353,6 +358,7 @@ struct LaunchRecord {
     Tally tally;
   };
   std::vector<Role> roles;
+  std::vector<uint32_t> unheard;  // statements of waits, arrivals and fences that made no difference (Launch::heard)
   std::shared_ptr<Program> program;
 };
 
@@ -378,6 +384,9 @@ struct Launch {
   std::shared_ptr<GridOrder> grid_order = make_grid_order();
   std::atomic<uint64_t> instructions{0};
   std::atomic<bool> failed{false};
+  // By statement: 1 once it has made a difference. A wait: it has learned of a completed phase and the warp has acted
+  // since. An arrival: a wait has learned of it. A wgmma.fence: no other stood between two uses of a register.
+  std::vector<std::atomic<uint8_t>> heard;
 };
 
 // Runs to completion; throws EmulatorError.

@@ -56,8 +56,29 @@ void complete_phase_if_due(Cluster& cluster, MBarrier& b) {
   if (b.pending != 0 || b.tx_bytes != 0) return;
   ++b.phase;
   b.pending = b.expected;
+  b.heard.swap(b.contributors);
+  b.contributors.clear();
   if (cluster.race.enabled) b.completed = b.arrivals;
   cluster.notify();
+}
+
+uint32_t statement_of(const Cluster& cluster, const Warp* warp) {
+  return warp ? warp->program->code[warp->groups[warp->current].pc].statement : cluster.completing;
+}
+
+void contribute(const Cluster& cluster, MBarrier& b, const Warp* warp) {
+  const uint32_t statement = statement_of(cluster, warp);
+  if (std::find(b.contributors.begin(), b.contributors.end(), statement) == b.contributors.end())
+    b.contributors.push_back(statement);
+}
+
+// A wait has passed: unless the barrier is as it was initialised, it and the arrivals of that phase were needed.
+void hear(Warp& w, const MBarrier& b) {
+  if (b.phase == 0) return;
+  auto& heard = w.cluster->launch->heard;
+  const uint32_t wait = statement_of(*w.cluster, &w);
+  if (!heard[wait].load(std::memory_order_relaxed)) w.unused_waits.push_back(wait);
+  for (const uint32_t statement : b.heard) heard[statement].store(1, std::memory_order_relaxed);
 }
 
 void count_arrivals(Cluster& cluster, MBarrier& b, uint32_t address, uint64_t count, const Warp* warp) {
@@ -66,11 +87,13 @@ void count_arrivals(Cluster& cluster, MBarrier& b, uint32_t address, uint64_t co
          "over-arrival: " + std::to_string(count) + " arrivals on " + name_of(address) + ", phase " +
              std::to_string(b.phase) + ", which expects " + std::to_string(b.expected) + " and waits for " +
              std::to_string(b.pending) + " more (transaction bytes due: " + std::to_string(b.tx_bytes) + ")");
+  contribute(cluster, b, warp);
   b.pending -= int64_t(count);
   complete_phase_if_due(cluster, b);
 }
 
 void add_transactions(Cluster& cluster, MBarrier& b, uint32_t address, int64_t bytes, const Warp* warp) {
+  if (bytes > 0) contribute(cluster, b, warp);
   b.tx_bytes += bytes;
   if (b.tx_bytes > MAX_TX || b.tx_bytes < -MAX_TX)
     fail(warp, ErrorKind::barrier, "the transaction count of " + name_of(address) + " reaches " +
@@ -319,6 +342,9 @@ Step exec_wait(Warp& w, const Instr& i) {
       const Clock& completed = w.cluster->mbarrier(address, &w).completed;
       if (spec.relaxed) w.order.unfenced.join(completed); else acquire(w, completed);
     });
+  for_addresses(w, i, [&](uint32_t address, uint32_t lanes) {
+    if (lanes & ready) hear(w, w.cluster->mbarrier(address, &w));
+  });
   uint32_t& result = w.pred(i.d[0]);
   result = (result & ~w.mask) | ready;
   if (spec.may_block) w.unblock();

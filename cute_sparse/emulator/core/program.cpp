@@ -23,6 +23,13 @@ bool is_fixed_special(const std::string& name) {
   return names.count(name) != 0;
 }
 
+bool acts(const Statement& s) {
+  static const std::set<std::string> mnemonics = {"ld", "st", "atom", "red", "cp", "bar", "barrier", "wgmma", "tcgen05",
+                                                  "ldmatrix", "stmatrix", "clusterlaunchcontrol", "griddepcontrol"};
+  if (s.mnemonic() == "mbarrier") return !s.has("try_wait") && !s.has("test_wait");
+  return mnemonics.count(s.mnemonic()) != 0;
+}
+
 uint32_t slots_of(RegClass cls) { return cls == RegClass::b128 ? 4 : cls == RegClass::b64 ? 2 : 1; }
 
 uint32_t add_slots(Program& program, uint32_t n) {
@@ -205,6 +212,7 @@ std::shared_ptr<Program> build_program(std::shared_ptr<const ModuleText> module,
       out.guard = statement.guard.slot;
       out.guard_negated = statement.guard_negated;
     }
+    out.acts = acts(statement);
     out.reads = uint32_t(program->slot_lists.size());
     Builder builder{*program, statement, out, {}, {}};
     const bool known = words_known(statement) &&

@@ -30,6 +30,7 @@ void complete_at(Cluster& cluster, size_t index) {
   std::unique_ptr<AsyncOp> op = std::move(cluster.pending[index]);
   cluster.pending.erase(cluster.pending.begin() + long(index));
   if (op->queue) --cluster.queue_length[op->queue];
+  cluster.completing = op->statement;
   op->complete(cluster);
   cluster.notify();
 }
@@ -51,6 +52,7 @@ void complete_random(Cluster& cluster) {
 
 void Cluster::issue(std::unique_ptr<AsyncOp> op) {
   if (launch->device->order == Order::eager && (op->queue == 0 || queue_length[op->queue] == 0)) {
+    completing = op->statement;
     op->complete(*this);
     notify();
     return;
@@ -333,7 +335,23 @@ class Resident {  // a cluster and the memory that it runs in
                         "every warp is blocked:" + describe_all(), first.site());
   }
 
+  // Every copy has arrived and every warp has ended: bytes that a barrier counts now were announced and never came, or
+  // came unannounced, so that some phase was complete too late or too early.
+  void check_transactions(const Cta& cta) const {
+    for (const auto& [offset, barrier] : cta.mbarriers)
+      if (barrier.initialised && barrier.tx_bytes != 0) {
+        const std::string count = std::to_string(std::abs(barrier.tx_bytes)) + " bytes";
+        const char* what = barrier.tx_bytes > 0 ? " are expected and never arrived" : " arrived and were never expected";
+        Site site;
+        site.kernel = launch_.program->text->name;
+        site.cta = int64_t(cta.linear);
+        throw EmulatorError(ErrorKind::barrier, "the CTA has ended, and on its mbarrier at offset " +
+                                                    std::to_string(offset) + " " + count + what, site);
+      }
+  }
+
   void finish() {
+    for (auto& cta : cluster_->ctas) check_transactions(*cta);
     for (auto& cta : cluster_->ctas)
       for (Warp& w : cta->warps) totals_.roles[w.index].tally += w.tally;
     cluster_.reset();
@@ -392,6 +410,20 @@ void merge(LaunchRecord& record, const Totals& totals) {
   }
 }
 
+// Executed or not, they have not made a difference (Launch::heard).
+std::vector<uint32_t> unheard_statements(const Launch& launch) {
+  static const std::vector<std::string> heard_of = {"mbarrier.try_wait", "mbarrier.test_wait", "mbarrier.arrive",
+                                                    "mbarrier.expect_tx", "tcgen05.commit", "wgmma.fence"};
+  std::vector<uint32_t> found;
+  const auto& statements = launch.program->text->statements;
+  for (uint32_t k = 0; k < statements.size(); ++k)
+    if (!launch.heard[k] && std::any_of(heard_of.begin(), heard_of.end(), [&](const std::string& prefix) {
+          return statements[k].opcode.compare(0, prefix.size(), prefix) == 0;
+        }))
+      found.push_back(k);
+  return found;
+}
+
 // One host thread: starts clusters, and keeps those that spin on others' progress until all are done.
 void run_thread(Launch& launch, Totals& totals, uint32_t resident_limit) {
   std::vector<std::unique_ptr<Resident>> waiting;
@@ -427,6 +459,7 @@ LaunchRecord run_launch(Device& device, const std::shared_ptr<Module>& module, c
   launch.config = config;
   check_launch(device, *launch.program->text, config);
   launch.clusters = config.grid.count() / config.cluster.count();
+  launch.heard = std::vector<std::atomic<uint8_t>>(launch.program->code.size());
   copy_parameters(launch, arguments);
   device.memory.add(uint64_t(launch.parameters), launch.program->text->parameter_bytes + 1, "kernel parameters", false);
 
@@ -470,6 +503,7 @@ LaunchRecord run_launch(Device& device, const std::shared_ptr<Module>& module, c
   device.memory.remove(uint64_t(launch.parameters));
   if (error) std::rethrow_exception(error);
   for (const Totals& t : totals) merge(record, t);
+  record.unheard = unheard_statements(launch);
   record.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return record;
 }

@@ -244,6 +244,11 @@ void check_warpgroup(Warp& warp, Warpgroup& group, uint32_t statement) {
                                       " that the warp has accessed without a wgmma.fence in between");
 }
 
+// A register was last used before the present fence and behind the one before it: this fence was needed.
+void need_fence_after(Warp& warp, uint64_t epoch) {
+  if (epoch + 1 == warp.fence_epoch) warp.cluster->launch->heard[warp.last_fence].store(1, std::memory_order_relaxed);
+}
+
 // PTX ISA 9.7.15.7.1 "wgmma.fence": needed before the first wgmma, and between an access to a register and a wgmma that
 // uses it, except for accumulators of wgmmas of the same shape. (RETIRED: nothing but wgmma has touched the register.)
 void check_accumulators(Warp& warp, WarpState& state, const Mma& mma, const uint32_t* slots, bool accumulate) {
@@ -255,9 +260,11 @@ void check_accumulators(Warp& warp, WarpState& state, const Mma& mma, const uint
       const SlotUse& use = state.uses[slots[r]];
       if (use.shape != mma.shape() && use.fence_epoch == warp.fence_epoch)
         missing_fence(warp, "accumulators of a wgmma of another shape");
+      if (use.shape != mma.shape()) need_fence_after(warp, use.fence_epoch);
       continue;
     }
     if (bits >> EPOCH_SHIFT == warp.fence_epoch) missing_fence(warp, "accumulator registers");
+    need_fence_after(warp, bits >> EPOCH_SHIFT);
     const uint32_t missing = ~uint32_t(bits & WRITTEN);
     if (accumulate && missing)
       warp.fail(ErrorKind::uninitialised, "accumulates onto a register that nothing has written",
@@ -271,6 +278,7 @@ void check_a_registers(Warp& warp, const uint32_t* slots) {
     if (bits & ASYNC_WRITE)
       warp.fail(ErrorKind::in_flight, "operand A is an accumulator of a wgmma still in flight");
     if (bits >> EPOCH_SHIFT == warp.fence_epoch) missing_fence(warp, "registers of operand A");
+    need_fence_after(warp, bits >> EPOCH_SHIFT);
     const uint32_t missing = (bits & RETIRED) ? 0 : ~uint32_t(bits & WRITTEN);
     if (missing)
       warp.fail(ErrorKind::uninitialised, "operand A holds a register that nothing has written",
@@ -378,7 +386,7 @@ Step exec_mma(Warp& warp, const Instr& i) {
     if (mma.a_in_registers) check_a_registers(warp, slots + mma.accumulators());
     begin_footprint(warp, state);
     if (!mma.a_in_registers)
-      state.footprint.add(a, *op->a_map, warp.index % WARPS * WARP_ROWS, WARP_ROWS);
+      state.footprint.add(a, *op->a_map);  // all 64 rows: the ISA does not say which warp reads which
     state.footprint.add(b, op->b_map);
     mark_in_flight(warp, state, mma, slots);
   }
@@ -391,9 +399,12 @@ Step exec_mma(Warp& warp, const Instr& i) {
   return Step::next;
 }
 
-Step exec_fence(Warp& warp, const Instr&) {
+Step exec_fence(Warp& warp, const Instr& i) {
   require_full_warp(warp);
   ++warp.fence_epoch;
+  warp.last_fence = i.statement;
+  if (warp.fence_epoch == 2)  // the first wgmma needs one, whatever it uses
+    warp.cluster->launch->heard[i.statement].store(1, std::memory_order_relaxed);
   return Step::next;
 }
 
