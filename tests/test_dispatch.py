@@ -377,3 +377,55 @@ def test_streams_have_work_counters_of_their_own():
     assert (counters.memory == 0).all()
     with pytest.raises(RuntimeError, match="1024 CUDA streams"):
         counters.address(-1)
+
+
+# ---- The kernels, by way of the emulator ----
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_the_environment_sends_cpu_tensors_through_the_kernels(arch):
+    pytest.importorskip("cutlass")
+    code = """
+import torch, cute_sparse
+from cute_sparse import emulator, reference
+q = torch.randn(1, 70, 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+out = cute_sparse.attention(q, q, q)
+expected = reference.attention(q, q, q, softmax_scale=0.125).out
+device = emulator.entered()
+print(device.arch, len(device.launches), (out.double() - expected).abs().max().item() < 0.02)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"CUTE_SPARSE_DEVICE": f"emulated:{arch}"},
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [arch, "1", "True"]
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("threshold", [None, 0.01])
+def test_a_launch_leaves_the_work_counter_zero(arch, threshold):
+    """The next launch on the stream starts from it, and nobody zeroes it in between."""
+    pytest.importorskip("cutlass")
+    q = torch.randn(2, 400, 4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with cute_sparse.emulated(arch, sms=2):
+        first = cute_sparse.attention(q, q, q, causal=True, threshold=threshold)
+        assert (dispatch._emulation._counters.memory == 0).all()
+        second = cute_sparse.attention(q, q, q, causal=True, threshold=threshold)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_new_sizes_do_not_recompile(arch, monkeypatch):
+    pytest.importorskip("cutlass")
+    compilations = []
+    real = compiled.compile_now
+    monkeypatch.setattr(compiled, "_launchers", {})
+    monkeypatch.setenv("CUTE_SPARSE_CACHE", "0")
+    monkeypatch.setattr(compiled, "compile_now", lambda *given: (compilations.append(given), real(*given))[1])
+    with cute_sparse.emulated(arch):
+        for batch, length_q, length_k, heads, heads_kv in ((1, 70, 200, 2, 1), (2, 1, 33, 6, 3), (1, 129, 129, 1, 1)):
+            q, k = torch.ones(batch, length_q, heads, 64), torch.ones(batch, length_k, heads_kv, 64)
+            out = cute_sparse.attention(q.bfloat16(), k.bfloat16(), k.bfloat16(), causal=True, threshold=0.1 * batch)
+            assert (out == 1).all()
+    assert len(compilations) == 1
