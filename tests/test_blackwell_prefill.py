@@ -1,0 +1,253 @@
+"""The Blackwell prefill kernel, beyond what every kernel is tested for: its configurations, and its exact work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cute_sparse
+from cute_sparse.problem import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, Problem
+from tests.cases import CASES, Case, make_inputs
+from tests.conftest import ORDERS
+from tests.test_attention import call, check
+
+pytest.importorskip("cutlass")
+
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from cute_sparse import emulator
+from cute_sparse.kernels.blackwell import config as blackwell_config
+from cute_sparse.kernels.blackwell import exp2
+from cute_sparse.kernels.blackwell.prefill import DECISIONS
+from cute_sparse.launch import Launcher
+from cute_sparse.operands import Operand
+
+ARCHS = ("sm_100a", "sm_103a")
+HEAD_DIMS = [(d, d) for d in range(HEAD_DIM_MULTIPLE, HEAD_DIM_MAX + 1, HEAD_DIM_MULTIPLE)] + [(192, 128)]
+SPARSITIES = (None, "threshold")
+
+
+def problem(head_dim: int = 128, head_dim_v: int | None = None, **more) -> Problem:
+    return Problem("prefill", "bfloat16", head_dim, head_dim if head_dim_v is None else head_dim_v, **more)
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """Call it with changes to a config: from then on every problem gets its own choice, so changed."""
+    choose = blackwell_config.choose
+
+    def change(**changes):
+        monkeypatch.setattr(
+            blackwell_config, "choose", lambda *args, **options: dataclasses.replace(choose(*args, **options), **changes)
+        )
+
+    return change
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_every_head_dim_has_a_config_within_the_machine(arch, sparsity):
+    for head_dims in HEAD_DIMS:
+        configs = blackwell_config.candidates(problem(*head_dims, sparsity=sparsity), arch)
+        assert configs, head_dims
+        for config in configs:  # each asserts for itself that it fits
+            assert config.registers_total <= blackwell_config.SM_REGISTERS
+            assert config.shared_bytes <= blackwell_config.SM_SHARED_BYTES
+            assert arch != "sm_103a" or config.exp2_emulated == 0
+
+
+def test_a_config_that_does_not_fit_is_refused():
+    config = blackwell_config.choose(problem())
+    for changes in (dict(registers_softmax=208), dict(k_stages=4), dict(head_dim_v=256), dict(v_stages=0)):
+        with pytest.raises(AssertionError):
+            dataclasses.replace(config, **changes)
+
+
+# One of every kind of code: two and one query tiles, with and without the vote, every mask, padded and packed.
+COMPILED = {
+    "dense": dict(),
+    "causal, lse": dict(mask="causal", return_lse=True),
+    "skip": dict(mask="causal", sparsity="threshold"),
+    "skip, everything": dict(
+        mask="band", sparsity="threshold", softcap=True, varlen=True, return_lse=True, return_stats=True
+    ),
+    "192/128": dict(head_dim=192, head_dim_v=128, mask="causal"),
+    "256": dict(head_dim=256, mask="causal"),
+    "256, skip": dict(head_dim=256, sparsity="threshold", return_stats=True),
+}
+COMPILE = """
+import json, sys
+from cute_sparse.kernels.blackwell import config, prefill
+from cute_sparse.problem import Problem
+problem = Problem(**json.loads(sys.argv[1]))
+sys.stdout.write(prefill.compile(problem, config.choose(problem, sys.argv[2])).__ptx__)
+"""
+
+
+def compiled_ptx(problem: Problem, arch: str) -> str:
+    """The PTX that another process compiles: the DSL reads the architecture and what to keep at its import."""
+    environment = os.environ | {"CUTE_DSL_ARCH": arch, "CUTE_DSL_KEEP": "ptx"}
+    arguments = [sys.executable, "-c", COMPILE, json.dumps(dataclasses.asdict(problem)), arch]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=os.environ.get("TMPDIR", "/tmp"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.rstrip("\0")
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas")
+@pytest.mark.parametrize("name", COMPILED)
+def test_neither_spills_nor_local_memory(name, tmp_path):
+    for arch in ARCHS:
+        ptx = tmp_path / "kernel.ptx"
+        ptx.write_text(compiled_ptx(problem(**COMPILED[name]), arch))
+        assembled = subprocess.run(
+            ["ptxas", f"-arch={arch}", "-v", str(ptx), "-o", str(tmp_path / "kernel.cubin")], capture_output=True, text=True
+        )
+        assert assembled.returncode == 0, assembled.stderr
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in assembled.stderr
+
+
+def test_a_dense_kernel_contains_no_vote():
+    dense, sparse = (compiled_ptx(problem(sparsity=sparsity), "sm_100a") for sparsity in SPARSITIES)
+    assert "barrier.cta.red" in sparse or "barrier.red" in sparse
+    assert ".red.or" not in dense
+    # Nor the barriers that tell of it.
+    slots = dense.count("mbarrier.init")
+    assert sparse.count("mbarrier.init") >= slots + 2 * DECISIONS - 4  # a dense kernel has a ring of work tiles
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["several sequences", "packed", "rows without a key", "head dim 256", "causal"])
+def test_one_cta_that_computes_all_work_tiles(name, order, configured):
+    configured(ctas=1)
+    case = CASES[name]
+    inputs = make_inputs(case)
+    with cute_sparse.emulated("sm_100a", order=order, seed=3) as device:
+        got = call(case, inputs, return_lse=True, return_stats=True)
+        (launch,) = device.launches
+    assert launch.grid == (1, 1, 1)
+    check(case, inputs, got)
+
+
+@pytest.mark.parametrize("share", [0, 2, 3, 4])
+def test_every_share_of_emulated_exponentials(share, configured):
+    configured(exp2_emulated=share)
+    case = CASES["causal"]
+    inputs = make_inputs(case)
+    with cute_sparse.emulated("sm_100a", order="random", seed=5):
+        got = call(case, inputs, return_lse=True, return_stats=True)
+    check(case, inputs, got)
+
+
+def run_counted(case: Case, **more):
+    """(result, counts of the launch)."""
+    inputs = make_inputs(case)
+    with cute_sparse.emulated("sm_100a") as device:
+        got = call(case, inputs, **more)
+        (launch,) = device.launches
+    return inputs, got, launch
+
+
+WARPS, INSTRUCTION_K, TILE = 4, 16, 128
+# One query tile or two; long enough that V of some tiles is known to be unwanted before it is fetched.
+LONG = {
+    "two query tiles": Case(lengths_q=(256,), lengths_k=(2560,), heads_q=1, threshold=0.9),
+    "one query tile": Case(lengths_q=(128,), lengths_k=(2560,), heads_q=1, threshold=0.9, head_dim=256, head_dim_v=256),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", LONG)
+def test_a_skipped_tile_costs_no_value_product_no_exponential_and_mostly_no_v(name, order):
+    case = LONG[name]
+    inputs = make_inputs(case)
+    with cute_sparse.emulated("sm_100a", order=order, seed=1) as device:
+        got = call(case, inputs, return_lse=True, return_stats=True)
+        (launch,) = device.launches
+    check(case, inputs, got)
+    config = blackwell_config.choose(
+        problem(case.head_dim, case.head_dim_v, sparsity="threshold", return_lse=True, return_stats=True)
+    )
+    kept, visited = got.stats.tile_counts.sum(dim=(1, 2)).tolist()
+    assert kept < visited / 2
+
+    score_steps, value_steps = case.head_dim // INSTRUCTION_K, TILE // INSTRUCTION_K * config.v_chunks
+    assert launch.counts.mma_instructions == {"tcgen05.mma": visited * score_steps + kept * value_steps}
+
+    emulated = 3 * 2 * config.exp2_emulated  # of 128 columns, in three fragments of 32
+    rescales = launch.counts.exponentials - kept * WARPS * (TILE - emulated)
+    assert 0 <= rescales <= kept * WARPS  # at most one for each warp of a tile that moved a reference
+
+    wanted = (got.stats.skip_map[0, 0] == 1).any(dim=0).sum().item()
+    runs = 1 + (got.stats.skip_map[0, 0] == 1).any(dim=0).int().diff().clamp(min=0).sum().item()
+    fetched = launch.counts.tma_bytes_loaded - 2 * case.head_dim * (case.lengths_q[0] + case.lengths_k[0])
+    fetched //= 2 * TILE * case.head_dim_v
+    lag = -(-config.v_stages // config.v_chunks)
+    assert wanted <= fetched <= wanted + runs * (lag + 1)
+    assert fetched < case.lengths_k[0] // TILE
+
+
+def test_each_query_tile_of_a_cta_decides_alone():
+    """Rows of the first query tile attend to one KV tile, rows of the second to another."""
+    case = Case(lengths_q=(256,), lengths_k=(512,), heads_q=1, threshold=0.01)
+    inputs = make_inputs(case)
+    inputs.q.zero_()
+    inputs.k.zero_()
+    inputs.q[0, :128, 0, 0] = inputs.q[0, 128:, 0, 1] = 16.0
+    inputs.k[0, 384:, 0, :2] = 4.0  # the last tile is the first visited: half way up for both
+    inputs.k[0, 256:384, 0, 0] = 16.0
+    inputs.k[0, 128:256, 0, 1] = 16.0
+    for order in ORDERS:
+        with cute_sparse.emulated("sm_100a", order=order, seed=1):
+            got = call(case, inputs, return_lse=True, return_stats=True)
+        check(case, inputs, got)
+        assert got.stats.skip_map[0, 0].tolist() == [[2, 2, 1, 1], [2, 1, 2, 1]]
+
+
+class Exponentials:
+    """Two to each element of x, by `exp2_pair`, two elements a thread."""
+
+    @cute.jit
+    def __call__(self, x: cute.Pointer, y: cute.Pointer, count: Int32, stream):
+        self.kernel(cute.make_tensor(x, count), cute.make_tensor(y, count)).launch(
+            grid=(count // 64, 1, 1), block=(32, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, x: cute.Tensor, y: cute.Tensor):
+        block, _, _ = cute.arch.block_idx()
+        i = block * 64 + 2 * cute.arch.lane_idx()
+        y[i], y[i + 1] = exp2.exp2_pair(x[i], x[i + 1])
+
+
+def test_the_emulated_exponential_is_within_its_bound():
+    """Over the exponents that occur: [-126, 8], below it, and -inf."""
+    x = torch.cat([torch.linspace(-126, 8, 64 * 60), torch.linspace(-1, 1, 64 * 60), torch.arange(-120.0, 8.0)])
+    x = torch.cat([x, torch.full((64,), -torch.inf)])
+    y = torch.full_like(x, torch.nan)
+    with emulator.device("sm_100a") as device:
+        pointer = cute.runtime.make_ptr(Float32, 16, cute.AddressSpace.gmem, assumed_align=16)
+        compiled = cute.compile(Exponentials(), pointer, pointer, Int32(64), cuda.CUstream(0))
+        launch_with_tensors(compiled, x, y, device)
+    small = x < -126
+    exact = torch.exp2(x.double())
+    error = (y.double() / exact - 1).abs()[~small]
+    assert error.max() <= exp2.MAX_RELATIVE_ERROR
+    assert error.max() >= exp2.MAX_RELATIVE_ERROR / 2, "the bound is stated too loosely"
+    assert (y[small].abs() <= 2.0**-126).all()
+    whole = x == x.round()
+    assert torch.equal(y[whole & ~small], exact[whole & ~small].float()), "powers of two are exact"
+
+
+def launch_with_tensors(compiled, x: torch.Tensor, y: torch.Tensor, device) -> None:
+    operands = [Operand("x", "pointer"), Operand("y", "pointer"), Operand("count", "int32")]
+    Launcher(compiled, operands)((x.data_ptr(), y.data_ptr(), x.numel()), 0)
+    device.raise_pending()
