@@ -62,6 +62,7 @@ EPILOGUE = """
   tcgen05.dealloc.cta_group::GROUP.sync.aligned.b32 %r4, 512;
 DONE:
 """
+FENCED_BARRIER = "tcgen05.fence::before_thread_sync;\nbar.sync 0;\ntcgen05.fence::after_thread_sync;\n"
 COMMIT = "@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r3];"
 
 
@@ -100,7 +101,7 @@ def fill_tensor(columns: int, value: str = "lane * 512 + column") -> str:
         f"tcgen05.st.sync.aligned.32x32b.x32.b32 [%r21], {vector(32, first)};\n"
         for first in range(0, columns, 32)
     )
-    return words + stores + "tcgen05.wait::st.sync.aligned;\ntcgen05.fence::before_thread_sync;\nbar.sync 0;\n"
+    return words + stores + "tcgen05.wait::st.sync.aligned;\n" + FENCED_BARRIER
 
 
 def store_out(count: int, first: int = 0) -> str:
@@ -120,8 +121,18 @@ def read_tensor(columns: int) -> str:
     return loads + "tcgen05.wait::ld.sync.aligned;\n" + store_out(columns)
 
 
-def launch(body: str, image: torch.Tensor, out: torch.Tensor, *, order: str = "eager", cta_group: int = 1, **options):
-    body = (PROLOGUE + body + EPILOGUE).replace("GROUP", str(cta_group))
+def launch(
+    body: str,
+    image: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    order: str = "eager",
+    cta_group: int = 1,
+    prologue: str = PROLOGUE,
+    columns: int = 512,
+    **options,
+):
+    body = (prologue + body + EPILOGUE).replace("GROUP", str(cta_group)).replace(", 512;", f", {columns};")
     ptx = module("sm_100a", body, parameters=PARAMETERS, registers=REGISTERS, shared=SHARED)
     options = {"block": 128, "shared_bytes": 65536, **options}
     with emulator.device("sm_100a", order=order, seed=7, sms=2, threads=1, max_warp_instructions=400_000) as device:
@@ -263,6 +274,22 @@ def test_a_loaded_register_may_be_used_without_wait():
     assert torch.equal(out[:, 0], lane * 1024 + 1)
 
 
+def test_loads_into_a_shared_register_complete_one_by_one():
+    body = """
+      tcgen05.ld.sync.aligned.32x32b.x2.b32 {%v40, %v41}, [%r6];
+      tcgen05.ld.sync.aligned.32x32b.x2.b32 {%v40, %v42}, [%r6+8];
+      add.s32 %v43, %v41, 1;
+      STORE
+      add.s32 %v43, %v40, 1;
+      tcgen05.st.sync.aligned.32x32b.x1.b32 [%r6+8], {%v43};
+      tcgen05.wait::st.sync.aligned;
+    """
+    store = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r6+8], {%v43};\ntcgen05.wait::st.sync.aligned;"
+    launch(fill_tensor(32) + body.replace("STORE", ""), nothing(), nothing())
+    with pytest.raises(errors.RaceDetected, match="tcgen05.ld"):  # the second load has not been used yet
+        launch(fill_tensor(32) + body.replace("STORE", store), nothing(), nothing())
+
+
 def test_a_store_over_a_load_that_nothing_waited_for_is_a_race():
     body = "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%v40}, [%r6];\ntcgen05.st.sync.aligned.32x32b.x1.b32 [%r6], {%v0};\n"
     with pytest.raises(errors.RaceDetected, match="tcgen05.ld"):
@@ -388,9 +415,9 @@ def test_a_waiting_allocation_goes_on_when_another_warp_frees():
     body = (
         "mov.u32 %r0, %tid.x;\nsetp.ge.u32 %p1, %r0, 32;\n@%p1 bra SECOND;\n"
         + ALLOCATE.format(at=0, columns=512) + "bar.sync 0;\nld.shared.b32 %r10, [%r3];\n"
-        + FREE.format(register=10, columns=512) + "bra DONE;\nSECOND:\nbar.sync 0;\n"
+        + FREE.format(register=10, columns=512) + "bar.sync 1;\nbra DONE;\nSECOND:\nbar.sync 0;\n"
         + ALLOCATE.format(at=4, columns=256) + "ld.shared.b32 %r10, [%r3+4];\n"
-        + FREE.format(register=10, columns=256) + "DONE:\n"
+        + FREE.format(register=10, columns=256) + "bar.sync 1;\nDONE:\n"
     )  # fmt: skip
     for order in ORDERS:
         run_allocation(body, order=order, block=64)
@@ -603,6 +630,7 @@ def test_a_from_tensor_memory(name, m):
         f"ld.global.b32 %v{k}, [%d6+{4 * k}];\n" for k in range(8)
     )
     store = f"tcgen05.st.sync.aligned.32x32b.x8.b32 [%r6+256], {vector(8)};\ntcgen05.wait::st.sync.aligned;\n"
+    store += FENCED_BARRIER
     body = multiply_body(kind, "[%r4+256]", placed_b.descriptor, instruction_descriptor(kind, m, n))
     out = torch.zeros(128, n, dtype=torch.int32)
     launch(
@@ -622,8 +650,7 @@ class Case:
     body: str
 
 
-def simple_case(**options) -> Case:
-    kind = KINDS["bf16"]
+def simple_case(kind: Kind = KINDS["bf16"], **options) -> Case:
     a, b = matrix(kind, 128, 7), matrix(kind, 32, 8)
     placed_a, placed_b = place(a, "32", False, 0), place(b, "32", False, 8192)
     descriptor = options.pop("descriptor", None)
@@ -635,13 +662,15 @@ def simple_case(**options) -> Case:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_accumulation_and_its_predicate(order):
-    case = simple_case()
-    again = simple_case(enable="%p5").body
+@pytest.mark.parametrize("name", ["bf16", "f16 into f16", "s8"])
+def test_accumulation_and_its_predicate(name, order):
+    kind = KINDS[name]
+    case = simple_case(kind=kind)
+    again = simple_case(kind=kind, enable="%p5").body
     body = "setp.lt.u32 %p5, %r0, 1000;\n" + case.body + again + again + COMMIT + WAIT + read_tensor(32)
     out = torch.zeros(128, 32, dtype=torch.int32)
     launch(copy_image(case.image.numel()) + body, case.image, out, order=order)
-    assert torch.equal(out.view(torch.float32), 3 * product(case.a, case.b))
+    assert torch.equal(accumulated(kind, out), 3 * product(case.a, case.b))
 
 
 def test_scale_input_d_and_negation():
@@ -651,6 +680,85 @@ def test_scale_input_d_and_negation():
     launch(copy_image(case.image.numel()) + case.body + second + COMMIT + WAIT + read_tensor(32), case.image, out)
     expected = product(case.a, case.b)
     assert torch.equal(out.view(torch.float32), expected / 8 - expected)
+
+
+def test_negating_both_operands_negates_nothing():
+    case = simple_case(descriptor=instruction_descriptor(KINDS["bf16"], 128, 32) | 3 << 13)
+    out = torch.zeros(128, 32, dtype=torch.int32)
+    launch(copy_image(case.image.numel()) + case.body + COMMIT + WAIT + read_tensor(32), case.image, out)
+    assert torch.equal(out.view(torch.float32), product(case.a, case.b))
+
+
+@pytest.mark.parametrize("saturate", [False, True], ids=["wraps", "saturates"])
+def test_integer_overflow(saturate):
+    kind = KINDS["s8"]
+    a = torch.full((128, 32), 100, dtype=torch.int8)
+    b = torch.full((32, 32), 100, dtype=torch.int8)
+    placed_a, placed_b = place(a, "32", False, 0), place(b, "32", False, 8192)
+    image = image_of(placed_a, placed_b)
+    start = 2**31 - 1000
+    fill = fill_tensor(32, "-1").replace("-1;", f"{start};")
+    descriptor = instruction_descriptor(kind, 128, 32) | saturate << 3
+    body = shared_a(placed_a.descriptor) + multiply_body(kind, "%d5", placed_b.descriptor, descriptor, enable="1")
+    out = torch.zeros(128, 32, dtype=torch.int32)
+    launch(fill + copy_image(image.numel()) + body + COMMIT + WAIT + read_tensor(32), image, out)
+    total = start + 32 * 100 * 100
+    assert (out == (2**31 - 1 if saturate else total - 2**32)).all()
+
+
+def a_in_tensor(case: Case) -> str:
+    return case.body.replace("%d5, %d4", "[%r4+64], %d4")
+
+
+def test_a_in_tensor_memory_cannot_be_transposed():
+    case = simple_case(descriptor=instruction_descriptor(KINDS["bf16"], 128, 32, a_mn_major=True))
+    with pytest.raises(errors.InvalidOperand, match="cannot be transposed"):
+        launch(copy_image(case.image.numel()) + a_in_tensor(case), case.image, nothing())
+
+
+def test_a_in_tensor_memory_must_have_been_written():
+    case = simple_case()
+    with pytest.raises(errors.Uninitialised, match="tensor memory"):
+        launch(copy_image(case.image.numel()) + a_in_tensor(case), case.image, nothing())
+
+
+def test_d_and_a_start_at_a_lane_that_the_layout_allows():
+    case = simple_case()
+    for body, what in (
+        (case.body.replace("[%r4]", "[%r4+1048576]"), "D starts at tensor memory lane 16"),
+        (a_in_tensor(case).replace("[%r4+64]", "[%r4+2097152]"), "A starts at tensor memory lane 32"),
+    ):
+        with pytest.raises(errors.InvalidOperand, match=what):
+            launch(copy_image(case.image.numel()) + body, case.image, nothing())
+
+
+def test_d_and_a_must_be_allocated():
+    case = simple_case()
+    for body, what in (
+        (case.body.replace("[%r4]", "[%r4+496]"), errors.OutOfBounds),
+        (a_in_tensor(case).replace("[%r4+64]", "[%r4+508]"), errors.OutOfBounds),
+    ):
+        with pytest.raises(what, match="512 columns"):
+            launch(copy_image(case.image.numel()) + body, case.image, nothing())
+
+
+def test_d_may_use_allocated_columns_only():
+    case = simple_case()
+    with pytest.raises(errors.TensorMemoryError, match="columns 48..79"):
+        launch(copy_image(case.image.numel()) + case.body.replace("[%r4]", "[%r4+48]"), case.image, nothing(), columns=64)
+    with pytest.raises(errors.TensorMemoryError, match="columns 64..71"):
+        launch(copy_image(case.image.numel()) + a_in_tensor(case), case.image, nothing(), columns=64)
+
+
+def test_overwriting_a_in_tensor_memory_that_is_still_read_is_a_race():
+    case = simple_case()
+    body = fill_tensor(96) + copy_image(case.image.numel()) + a_in_tensor(case) + COMMIT + "WAIT" + (
+        "bar.sync 0;\nmov.b32 %v0, 1;\ntcgen05.st.sync.aligned.32x32b.x1.b32 [%r6+64], {%v0};\n"
+        "tcgen05.wait::st.sync.aligned;\n"
+    )  # fmt: skip
+    launch(body.replace("WAIT", WAIT), case.image, nothing())
+    with pytest.raises(errors.RaceDetected, match="read by warp 0"):
+        launch(body.replace("WAIT", ""), case.image, nothing())
 
 
 def test_masks_of_zero_and_collector_hints_are_accepted():
@@ -692,6 +800,40 @@ def test_six_bit_formats_are_refused_by_name():
         launch(copy_image(case.image.numel()) + body, case.image, nothing())
 
 
+FENCES = ("tcgen05.fence::before_thread_sync;", "tcgen05.fence::after_thread_sync;")
+
+
+def accumulate_onto_stored_words(case: Case) -> str:
+    """Every warp stores; one thread multiplies onto it; every warp loads the result."""
+    return fill_tensor(32) + copy_image(case.image.numel()) + case.body + COMMIT + WAIT + read_tensor(32)
+
+
+@pytest.mark.parametrize("dropped", FENCES)
+def test_a_kernel_that_uses_tensor_fences_is_held_to_them(dropped):
+    case = simple_case(enable="1")
+    body = accumulate_onto_stored_words(case)
+    out = torch.zeros(128, 32, dtype=torch.int32)
+    launch(body, case.image, out)
+    kept = f"{dropped}\n"  # the kernel still contains it, at its end
+    with pytest.raises(errors.RaceDetected, match=r"tcgen05\.fence"):
+        launch(body.replace(dropped, "", 1) + kept, case.image, out)
+
+
+def test_a_kernel_without_tensor_fences_is_not_held_to_them():
+    case = simple_case(enable="1")
+    body = accumulate_onto_stored_words(case)
+    for fence in FENCES:
+        body = body.replace(fence, "")
+    launch(body, case.image, torch.zeros(128, 32, dtype=torch.int32))
+
+
+def test_the_fence_after_a_commit_is_required_of_a_kernel_that_uses_fences():
+    case = simple_case(enable="1")
+    body = accumulate_onto_stored_words(case).replace(WAIT, WAIT.replace(FENCES[1], "")) + FENCES[1] + "\n"
+    with pytest.raises(errors.RaceDetected, match="tcgen05.mma"):
+        launch(body, case.image, torch.zeros(128, 32, dtype=torch.int32))
+
+
 def test_operands_must_have_been_written():
     case = simple_case()
     with pytest.raises(errors.Uninitialised, match="shared memory"):
@@ -709,6 +851,9 @@ def test_operands_must_lie_in_shared_memory():
     case = simple_case()
     with pytest.raises(errors.OutOfBounds, match="B at shared memory offsets 10240..11264"):
         launch(copy_image(4096) + case.body, case.image, nothing(), shared_bytes=IMAGE + 4096)
+    swapped = case.body.replace("%d5, %d4", "%d4, %d5")
+    with pytest.raises(errors.OutOfBounds, match="A at shared memory offsets"):
+        launch(copy_image(4096) + swapped, case.image, nothing(), shared_bytes=IMAGE + 6144)
 
 
 def test_accumulating_onto_tensor_memory_that_nothing_wrote():
@@ -741,6 +886,44 @@ def test_an_operation_after_the_commit_is_not_covered_by_it():
         launch(body, case.image, torch.zeros(128, 32, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_commit_tells_what_the_product_was_ordered_behind(order):
+    """Warp 1 writes A and tells warp 0; the warp that waits for the product may overwrite A: it knows warp 1's write."""
+    case = simple_case()
+    body = copy_image(case.image.numel()) + """
+      setp.eq.u32 %p7, %r0, 32;
+      @%p7 mbarrier.init.shared.b64 [%r3+8], 1;
+      @%p7 mbarrier.init.shared.b64 [%r3+24], 1;
+      bar.sync 0;
+      @!%p7 bra WRITTEN;
+      mov.b32 %r40, 0;
+      st.shared.b32 [%r3+1024], %r40;
+      fence.proxy.async.shared::cta;
+      mbarrier.arrive.shared.b64 _, [%r3+8];
+    WRITTEN:
+      @%p1 bra MULTIPLIED;
+    WAITING_FOR_A:
+      mbarrier.try_wait.parity.shared.b64 %p3, [%r3+8], 0;
+      @!%p3 bra WAITING_FOR_A;
+    MULTIPLIED:
+    """ + case.body + COMMIT + """
+      setp.ne.u32 %p8, %r0, 64;
+      @%p8 bra OVERWRITTEN;
+    WAITING_FOR_PRODUCT:
+      mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0;
+      @!%p3 bra WAITING_FOR_PRODUCT;
+      mov.b32 %r40, 1;
+      st.shared.b32 [%r3+1024], %r40;
+    OVERWRITTEN:
+    """  # fmt: skip
+    launch(body + WAIT, case.image, nothing(), order=order)
+
+
+def test_commit_needs_the_barriers_initialisation_made_visible():
+    with pytest.raises(errors.MissingProxyFence, match="mbarrier.init"):
+        launch(COMMIT, nothing(), nothing(), prologue=PROLOGUE.replace("@%p0 fence.mbarrier_init.release.cluster;", ""))
+
+
 def test_commit_to_a_barrier_that_is_not_initialised():
     commit = "@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r3+24];\n"
     with pytest.raises(errors.BarrierError):
@@ -755,8 +938,8 @@ def test_block_scaled_and_weight_stationary_products_are_unknown_at_load():
 
 def test_every_instruction_names_the_same_cta_group():
     case = simple_case(group=2)
-    with pytest.raises(errors.InvalidOperand, match="cta_group"):
-        launch(copy_image(case.image.numel()) + case.body, case.image, nothing())
+    with pytest.raises(errors.InvalidOperand, match="the same .cta_group"):
+        launch(copy_image(case.image.numel()) + case.body, case.image, nothing(), cluster=2, grid=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -791,6 +974,29 @@ def test_copies_from_shared_memory(shape, order):
         if row_of(lane) is not None:
             expected[lane, 8 : 8 + 4 * chunks] = words[row_of(lane)]
     assert torch.equal(out, expected)
+
+
+COPY = "mov.b64 %d4, {descriptor};\n@%p2 tcgen05.cp.cta_group::1.128x128b [%r4], %d4;\n"
+
+
+def test_copies_read_what_has_been_written():
+    placed = place(torch.ones(128, 4, dtype=torch.int32), "none", False, 0)
+    with pytest.raises(errors.Uninitialised, match="shared memory"):
+        launch(COPY.format(descriptor=placed.descriptor), nothing(), nothing())
+
+
+def test_copies_stay_inside_shared_memory():
+    placed = place(torch.ones(128, 4, dtype=torch.int32), "none", False, 0)
+    with pytest.raises(errors.OutOfBounds):
+        launch(COPY.format(descriptor=placed.descriptor), nothing(), nothing(), shared_bytes=IMAGE + 1024)
+
+
+def test_reading_a_copy_that_nothing_waited_for_is_a_race():
+    placed = place(torch.ones(128, 4, dtype=torch.int32), "none", False, 0)
+    image = image_of(placed)
+    body = copy_image(image.numel()) + COPY.format(descriptor=placed.descriptor) + COMMIT + "bar.sync 0;\n"
+    with pytest.raises(errors.RaceDetected, match="tcgen05.cp"):
+        launch(body + read_tensor(4), image, torch.zeros(128, 4, dtype=torch.int32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -851,6 +1057,21 @@ def test_product_of_a_cta_pair(m, n, order):
             rows = expected[rank * 64 : rank * 64 + 64]
             assert torch.equal(values[rank, :64], rows[:, : n // 2])
             assert torch.equal(values[rank, 64:], rows[:, n // 2 :])
+
+
+def test_both_ctas_of_a_pair_must_have_written_their_operands():
+    case = simple_case(group=2, descriptor=instruction_descriptor(KINDS["bf16"], 256, 64))
+    skip = "mov.u32 %r30, %cluster_ctarank;\nsetp.ne.u32 %p6, %r30, 0;\n@%p6 mov.b32 %r0, 100000;\n"
+    copy = copy_image(case.image.numel())
+    body = skip + copy + "mov.u32 %r0, %tid.x;\n" + PAIR + case.body
+    with pytest.raises(errors.Uninitialised, match="shared memory at 0x1000800"):
+        launch(body, case.image, nothing(), cta_group=2, cluster=2, grid=2)
+
+
+@pytest.mark.parametrize("mask", [0, 4])
+def test_a_commit_reaches_ctas_of_the_cluster_only(mask):
+    with pytest.raises(errors.InvalidOperand, match=f"multicast mask {mask} for a cluster of 2"):
+        launch(PAIR.replace("%h0, 3", f"%h0, {mask}") + PAIR_COMMIT, nothing(), nothing(), cta_group=2, cluster=2, grid=2)
 
 
 def test_allocation_in_a_pair_waits_for_the_peer():

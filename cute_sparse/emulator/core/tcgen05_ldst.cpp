@@ -162,7 +162,7 @@ void set_pending(Warp& warp, const Instr& load, bool pending) {
 void complete_loads(Warp& warp, size_t count) {
   TensorWarp& state = tensor_warp(warp);
   if (count == 0) return;
-  warp.clock.know(state.load_actor, state.loads[count - 1].epoch);
+  know_own(warp, state.load_actor, state.loads[count - 1].epoch);
   for (size_t k = 0; k < count; ++k) set_pending(warp, *state.loads[k].instr, false);
   state.loads.erase(state.loads.begin(), state.loads.begin() + long(count));
   for (const auto& load : state.loads) set_pending(warp, *load.instr, true);  // they may share registers
@@ -241,7 +241,7 @@ Step exec_wait_store(Warp& warp, const Instr&) {
   if (!warp.tcgen05) return Step::next;
   TensorWarp& state = tensor_warp(warp);
   warp.cluster->drain(state.store_queue);
-  warp.clock.know(state.store_actor, state.store_epoch);
+  know_own(warp, state.store_actor, state.store_epoch);
   for (uint32_t slot : state.store_sources) warp.state[slot] &= ~slot_state::ASYNC_READ;
   state.store_sources.clear();
   return Step::next;

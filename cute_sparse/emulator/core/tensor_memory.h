@@ -8,7 +8,11 @@
 //   tcgen05.ld        the issuing warp's load queue, one epoch each; known to the warp from wait::ld on, or from the
 //                     first use of a destination register (ptxas makes that use wait for the load).
 //   tcgen05.st        the issuing warp's store queue, one epoch each; known to the warp from wait::st on.
-// tcgen05.fence::before_thread_sync/after_thread_sync have no effect here: a kernel that omits them is not reported.
+//
+// tcgen05.fence (PTX ISA, "tcgen05 memory consistency model"): loads and stores that a thread has waited for are ordered
+// before what other threads do to tensor memory only if fence::before_thread_sync precedes the barrier between them and
+// fence::after_thread_sync follows it. Much code omits the fences, and runs; so a kernel is held to them if it contains
+// both, and a kernel without them is not reported.
 #pragma once
 #include <bitset>
 
@@ -49,6 +53,12 @@ struct TensorMemory {
   PairRequest request;
   uint32_t cta_group = 0;  // that every tcgen05 instruction of the CTA names; 0: none so far
   uint64_t queue = 0;      // mma, cp and commit of the CTA complete in this order
+  // Of the cluster's first CTA: the load and store queues of all warps, each with the actor that stands for its part
+  // behind a fence::before_thread_sync.
+  struct FencedQueue {
+    ActorId queue, fenced;
+  };
+  std::vector<FencedQueue> fenced_queues;
 
   uint32_t* at(uint32_t lane, uint32_t column) { return words.data() + size_t(column) * TENSOR_LANES + lane; }
 };
@@ -60,11 +70,16 @@ struct TensorWarp {
     const Instr* instr;  // its list: the destination registers
   };
   ActorId load_actor = 0, store_actor = 0, tensor_actor = 0;
+  ActorId fenced_loads = 0, fenced_stores = 0;
   uint32_t load_epoch = 0, store_epoch = 0, tensor_epoch = 1;
   uint64_t store_queue = 0;
   std::vector<PendingLoad> loads;         // oldest first
   std::vector<uint32_t> store_sources;    // slots that are ASYNC_READ
+  Clock ordered;  // if held to fences: what the warp's tensor memory accesses are ordered behind
 };
+
+// The warp has waited for its own queue up to `epoch`.
+void know_own(Warp& warp, ActorId queue, uint32_t epoch);
 
 TensorMemory& tensor_memory(Cta& cta);
 TensorWarp& tensor_warp(Warp& warp);
