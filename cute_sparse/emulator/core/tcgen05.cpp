@@ -93,7 +93,7 @@ bool decode_fence(const Statement& s, Builder& b) {
 }  // namespace
 
 void know_own(Warp& warp, ActorId queue, uint32_t epoch) {
-  warp.clock.know(queue, epoch);
+  know_by_lanes(warp, queue, epoch);
   if (held_to_fences(warp)) tensor_warp(warp).ordered.know(queue, epoch);
 }
 
