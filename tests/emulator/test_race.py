@@ -222,3 +222,35 @@ def test_a_lane_publishes_only_what_it_did_itself(run):
 @pytest.mark.parametrize("device", [{"checks": False}], indirect=True)
 def test_checks_can_be_switched_off(run):
     start(run, "@%p1 st.shared.b32 [%r5], %r0; @%p2 st.shared.b32 [%r5], %r0;")
+
+
+def test_a_long_kernel_does_not_fill_the_detector(run):
+    """100,000 distinct accesses, of which the detector keeps what memory still remembers; warp 2 is ordered with none."""
+    body = """setp.eq.u32 %p3, %r2, 2; mov.u32 %r10, 0; @%p3 bra SPIN; @%p1 st.shared.b32 [%r5+128], %r0;
+    LOOP: @%p1 st.shared.b32 [%r5], %r0; bar.sync 1, 64; @%p2 ld.shared.b32 %r6, [%r5]; bar.sync 1, 64;
+    add.u32 %r10, %r10, 1; setp.lt.u32 %p4, %r10, 50000; @%p4 bra LOOP; ld.shared.b32 %r6, [%r5+128]; bra END;
+    SPIN: add.u32 %r10, %r10, 1; setp.lt.u32 %p4, %r10, 200000; @%p4 bra SPIN; {end} END:"""
+    start(run, body.format(end=""), block=96)
+    with pytest.raises(RACE, match="write by warp 0 lane 0 .PTX line .*@%p1 st.shared.b32 ..r5., "):
+        start(run, body.format(end="st.shared.b32 [%r5], %r0;"), block=96)
+    with pytest.raises(RACE, match="write by warp 0 lane 0 .PTX line .*@%p1 st.shared.b32 ..r5.128"):
+        start(run, body.format(end="ld.shared.b32 %r6, [%r5+128];"), block=96)
+
+
+@pytest.mark.parametrize("arch", ["sm_100a"], indirect=True)
+def test_a_lane_does_not_publish_other_lanes_stores_to_tensor_memory(run):
+    """tcgen05.wait::st waits for the executing thread's own stores: an elected arrival needs bar.warp.sync before it."""
+    body = """
+    @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r3], 32;
+    setp.eq.u32 %p3, %r0, 0; mov.u32 %r10, bars; @%p3 mbarrier.init.shared.b64 [%r10], 1; bar.sync 0; ld.shared.b32 %r11, [%r3];
+    @!%p1 bra OTHERS;
+    tcgen05.st.sync.aligned.32x32b.x1.b32 [%r11], {{%r1}}; tcgen05.wait::st.sync.aligned;
+    {sync} @%p3 mbarrier.arrive.shared.b64 _, [%r10]; bra END;
+    OTHERS: setp.ne.u32 %p4, %r2, 4; @%p4 bra END;
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p5, [%r10], 0; @!%p5 bra WAIT;
+    tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r12}}, [%r11]; tcgen05.wait::ld.sync.aligned;
+    END: bar.sync 0; @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r11, 32;
+    """
+    start(run, body.format(sync="bar.warp.sync -1;"), block=160)
+    with pytest.raises(RACE, match="tensor memory"):
+        start(run, body.format(sync=""), block=160)
