@@ -13,6 +13,7 @@ import torch
 
 import cute_sparse
 from cute_sparse import reference
+from cute_sparse import threshold as thresholds
 from cute_sparse.problem import TileGeometry
 from tests.cases import CASES, Case, Inputs, make_inputs
 
@@ -295,3 +296,21 @@ def test_a_threshold_tensor_is_read_at_each_call(runner):
         after = call(case, inputs, return_stats=True).stats.tile_counts
     assert torch.equal(before[0], before[1])
     assert (after[0] < after[1]).all()
+
+
+def test_thresholds_that_nobody_checked_are_safe(runner, monkeypatch):
+    """On a GPU the values are not read: above 1 counts as 1, which keeps new maxima; NaN and below 0 skip nothing."""
+    if runner.arch is None:
+        pytest.skip("the reference checks every value")
+    monkeypatch.setattr(thresholds, "check_values", lambda tensor: None)
+    case = CASES["skip, lambda per head"]
+    inputs = make_inputs(case, device=runner.device)
+    with runner.in_order(runner.orders[0]):
+        inputs.threshold.copy_(torch.tensor([1.0, 1.0, 1.0, 1.0]))
+        ones = call(case, inputs, return_stats=True).stats
+        inputs.threshold.copy_(torch.tensor([2.0, math.inf, math.nan, -0.5]))
+        odd = call(case, inputs, return_stats=True).stats
+    assert torch.equal(odd.skip_map[:, :2], ones.skip_map[:, :2])
+    kept, visited = odd.tile_counts
+    assert torch.equal(kept[:, 2:], visited[:, 2:])
+    assert (ones.tile_counts[0] < ones.tile_counts[1]).all()

@@ -217,8 +217,12 @@ def _stats(named) -> Stats:
 
 @cute.jit
 def log2_threshold(threshold: Threshold, batch_idx: Int32, head_idx: Int32) -> Float32:
-    """log2(lambda) for one head of one sequence."""
+    """log2(lambda) for one head of one sequence.
+
+    A tensor's values are unchecked: lambda above 1 counts as 1; NaN or below 0 gives NaN, which no score is below.
+    """
     value = threshold.scalar_log2
     if threshold.tensor.iterator.toint() != 0:
         value = cute.math.log2(threshold.tensor[batch_idx, head_idx], fastmath=True)
+        value = cutlass.select_(value > 0.0, Float32(0.0), value)
     return value
