@@ -201,6 +201,16 @@ def test_copy_to_another_cta_must_be_waited_for(kernel):
     assert isinstance(found.value, (errors.RaceDetected, errors.Uninitialised))
 
 
+def test_the_source_of_a_copy_to_another_cta(kernel):
+    """It is read through the async proxy, and until the receiver's barrier says so."""
+    arguments = [random_bytes(512), torch.zeros(512, dtype=torch.uint8)]
+    with pytest.raises(errors.MissingProxyFence):
+        kernel(between_ctas(SEND).replace("fence.proxy.async.shared::cta;", ""), arguments, grid=2, cluster=2)
+    overwritten = between_ctas(SEND).replace("bra LEAVE;", "@%p0 st.shared.b32 [%r1], 1;\nbra LEAVE;")
+    with pytest.raises(errors.RaceDetected, match="st.shared"):
+        kernel(overwritten, arguments, grid=2, cluster=2)
+
+
 def test_reduction_into_another_cta(kernel):
     x = torch.randint(0, 1000, (128,), dtype=torch.int32)
     out = torch.zeros(128, dtype=torch.int32)
@@ -268,12 +278,21 @@ def test_reductions(kernel, type_, dtype):
 
 
 def test_reductions_of_many_ctas_into_one_place():
-    """Two host threads, 512 CTAs: no update is lost."""
-    x, out = torch.arange(2048, dtype=torch.float32), torch.zeros(2048)
-    body = fill(8192) + "@%p0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%d1], [%r1], 8192;\n"
+    """Two host threads, eight CTAs with 2000 reductions each: no update is lost."""
+    x, out = torch.arange(64, dtype=torch.float32), torch.zeros(64)
+    body = f"""
+    {fill(256)}
+    mov.u32 %r20, 0;
+    AGAIN:
+    @%p0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%d1], [%r1], 256;
+    add.u32 %r20, %r20, 1;
+    setp.lt.u32 %p5, %r20, 2000;
+    @%p5 bra AGAIN;
+    {COMMIT_AND_WAIT}
+    """
     with emulator.device("sm_90a", sms=8, threads=2, checks=False) as device:
-        Kernel(device, "sm_90a")(body + COMMIT_AND_WAIT, [bytes_of(x), out], grid=512)
-    assert torch.equal(out, 512 * x)
+        Kernel(device, "sm_90a")(body, [bytes_of(x), out], grid=8)
+    assert torch.equal(out, 8 * 2000 * x)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +334,12 @@ def test_load_beyond_the_tensor(eager):
 def test_load_without_a_wait(kernel):
     with pytest.raises(errors.RaceDetected, match="cp.async.bulk"):
         kernel(load(64) + dump(64), [random_bytes(64), torch.zeros(64, dtype=torch.uint8)])
+
+
+def test_overwriting_the_source_of_a_load_in_flight(kernel):
+    body = load(64) + "@%p0 st.global.b32 [%d0], %r2;\n" + WAIT
+    with pytest.raises(errors.RaceDetected, match="st.global"):
+        kernel(body, [random_bytes(64), 0])
 
 
 def test_wrong_expected_bytes(kernel):

@@ -136,6 +136,12 @@ def test_a_missing_commit_or_wait_is_a_race(kernel, missing):
         kernel(body, [random_bytes(512), torch.zeros(512, dtype=torch.uint8)])
 
 
+def test_overwriting_the_source_in_flight(kernel):
+    body = "cp.async.cg.shared.global [%r1], [%d0], 16;\n@%p0 st.global.b32 [%d0], %r2;\n" + COMMIT_AND_WAIT
+    with pytest.raises(errors.RaceDetected, match="st.global"):
+        kernel(body, [random_bytes(512), 0])
+
+
 def test_groups_are_per_thread(kernel):
     """The upper lanes commit an empty group besides: for them, wait_group 1 covers the copy; for the others it does
     not."""

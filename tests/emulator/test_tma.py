@@ -542,6 +542,13 @@ def test_reading_a_tile_without_waiting_is_a_race_in_every_order(kernel):
         failing_load(kernel, tensor_map(numbers(16, 64), [64, 16]), edit=lambda b: b.replace(WAIT, ""))
 
 
+def test_overwriting_the_tensor_while_it_is_loaded(kernel):
+    x = numbers(16, 64)
+    body = INIT_BARRIER + load([0, 0], 2048) + f"mov.b64 %d4, {x.data_ptr() + 256};\n@%p0 st.global.b32 [%d4], %r2;\n"
+    with pytest.raises(errors.RaceDetected, match="st.global"):
+        kernel(body + WAIT, [tensor_map(x, [64, 16]), 0])
+
+
 def test_a_phase_that_does_not_await_the_bytes(kernel):
     """An arrival without expect_tx: the copy comes first and its bytes stay unaccounted for, or the wait is vain."""
     without = {"edit": lambda b: b.replace("mbarrier.arrive.expect_tx.shared.b64 %d9, [%r0], 2048;",
