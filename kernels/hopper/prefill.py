@@ -534,7 +534,7 @@ class HopperPrefill:
         wgmma.issue(fragments.qk, acc_S, fragments.tSrQ, fragments.tSrK[None, None, None, k.index], False)
         warpgroup.wait_group(0)
         shared.k_ring.release(k)
-        self._score(consumer, acc_S, n_block)
+        self._score(consumer, acc_S, n_block, may_hide=True)
         scores = wgmma.by_rows(acc_S)
         in_sequence = [row < work.span_q.length for row in self._rows(consumer)]
         softmax.start(scores, softmax.thread_max(scores), threshold_raw, in_sequence)
@@ -561,7 +561,7 @@ class HopperPrefill:
             self._pass_turn(thread)
             warpgroup.wait_group(0)
         shared.k_ring.release(k)
-        self._score(consumer, acc_S, n_block)
+        self._score(consumer, acc_S, n_block, may_hide=self.problem.mask != "full")
         scores = wgmma.by_rows(acc_S)
         thread_max = softmax.thread_max(scores)
         keeps = Boolean(True)
@@ -675,19 +675,26 @@ class HopperPrefill:
         return [first + wgmma.ROW_STEP * row for row in range(wgmma.ROWS_PER_THREAD)]
 
     @cute.jit
-    def _score(self, consumer: Consumer, acc_S: cute.Tensor, n_block):
-        """Softcap, and the mask where the warpgroup's rows do not see the whole tile."""
+    def _score(self, consumer: Consumer, acc_S: cute.Tensor, n_block, may_hide: cutlass.Constexpr[bool]):
+        """Softcap, and the mask where the warpgroup's rows do not see the whole tile.
+
+        may_hide  False where no row can see a part of the tile only: without bounds, in all tiles but the last
+        """
         tanh_scale = consumer.operands.scale.tanh_scale
         if const_expr(tanh_scale is not None):
             for i in cutlass.range_constexpr(cute.size(acc_S)):
                 acc_S[i] = tanh(acc_S[i] * tanh_scale)
-        whole = consumer.work.band.whole(self._first_row(consumer), WARPGROUP_ROWS)
-        if n_block < whole.begin or n_block >= whole.end:
-            scores = wgmma.by_rows(acc_S)
-            columns = wgmma.columns_of(self.tile_n)
-            first_column = n_block * self.tile_n + wgmma.first_column(consumer.thread.index)
-            for row, q_idx in enumerate(self._rows(consumer)):
-                consumer.work.band.hide(scores[row, None], columns, q_idx, first_column)
+        if const_expr(may_hide):
+            whole = consumer.work.band.whole(self._first_row(consumer), WARPGROUP_ROWS)
+            if n_block < whole.begin or n_block >= whole.end:
+                self._hide(consumer, acc_S, n_block)
+
+    def _hide(self, consumer: Consumer, acc_S: cute.Tensor, n_block) -> None:
+        scores = wgmma.by_rows(acc_S)
+        columns = wgmma.columns_of(self.tile_n)
+        first_column = n_block * self.tile_n + wgmma.first_column(consumer.thread.index)
+        for row, q_idx in enumerate(self._rows(consumer)):
+            consumer.work.band.hide(scores[row, None], columns, q_idx, first_column)
 
     def _sees_key(self, consumer: Consumer, n_block):
         """Per row, whether it sees a key of the tile; None where every row of the sequence does, or says so by -inf."""
