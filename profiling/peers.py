@@ -1,0 +1,162 @@
+"""Other people's attention on the same tensors: cuDNN and flash through PyTorch, FlashAttention-4, FlexAttention.
+
+Each is optional. A maker takes (shape, q, k, v, kept) and returns the call, or raises `Missing` with the reason.
+Tensors are (batch, seqlen, heads, head_dim), as is the result. `kept` is None but for "flex", whose block mask can say
+it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+Call = Callable[[], torch.Tensor]
+
+
+class Missing(Exception):
+    """A peer that cannot take part, and why."""
+
+
+class Shape(NamedTuple):
+    """What the peers compute. window_left: keys to the left of a query's own that it sees; causal without a window:
+    None."""
+
+    batch: int
+    seqlen: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    causal: bool
+    window_left: int | None = None
+
+
+class KeptTiles(NamedTuple):
+    """keep  bool (batch, heads_q, ceil(seqlen / rows), ceil(seqlen / keys)): tiles that are not skipped"""
+
+    keep: torch.Tensor
+    rows: int
+    keys: int
+
+
+def _sdpa(
+    backend: str, shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: KeptTiles | None
+) -> Call:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if shape.window_left is not None:
+        raise Missing("PyTorch's scaled_dot_product_attention has no window")
+    if kept is not None:
+        raise Missing("PyTorch's scaled_dot_product_attention has no block mask")
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    which = getattr(SDPBackend, backend)
+
+    def call() -> torch.Tensor:
+        with sdpa_kernel(which):
+            out = scaled_dot_product_attention(
+                *heads, is_causal=shape.causal, enable_gqa=shape.heads_q != shape.heads_kv
+            )
+        return out.transpose(1, 2)
+
+    return call
+
+
+def _flash_attention_4(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: KeptTiles | None) -> Call:
+    if kept is not None:
+        raise Missing("FlashAttention-4 is compared dense")
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError as error:
+        raise Missing(f"pip install flash-attn-4: {error}") from None
+    window = (None, None) if shape.window_left is None else (shape.window_left, 0)
+
+    def call() -> torch.Tensor:
+        out = flash_attn_func(q, k, v, causal=shape.causal and shape.window_left is None, window_size=window)
+        return out[0] if isinstance(out, tuple) else out
+
+    return call
+
+
+FLEX_BLOCK = 128
+
+
+def _flex(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: KeptTiles | None) -> Call:
+    try:
+        import triton  # noqa: F401
+        from torch.nn.attention.flex_attention import BlockMask
+    except ImportError as error:
+        raise Missing(f"FlexAttention needs triton: {error}") from None
+    if shape.seqlen % FLEX_BLOCK:
+        raise Missing(f"FlexAttention is compared at multiples of {FLEX_BLOCK} tokens, not {shape.seqlen}")
+    visible, whole = visible_blocks(shape, q.device)
+    if kept is not None:
+        visible, whole = visible & kept.keep, whole & kept.keep
+    mask = BlockMask.from_kv_blocks(
+        *block_list(visible & ~whole), *block_list(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_of(shape)
+    )
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    attend = _compiled_flex()
+    return lambda: attend(*heads, block_mask=mask, enable_gqa=shape.heads_q != shape.heads_kv).transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def mask_of(shape: Shape) -> Callable:
+    """FlexAttention's mask_mod."""
+    if not shape.causal:
+        return lambda b, h, q_idx, kv_idx: q_idx >= 0
+    if shape.window_left is None:
+        return lambda b, h, q_idx, kv_idx: kv_idx <= q_idx
+    left = shape.window_left
+    return lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (kv_idx >= q_idx - left)
+
+
+def visible_blocks(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool (1, 1, blocks, blocks) of FLEX_BLOCK: those in which some score is visible, and those in which all are."""
+    first = torch.arange(0, shape.seqlen, FLEX_BLOCK, device=device)
+    last = first + FLEX_BLOCK - 1
+    some = torch.ones(len(first), len(first), dtype=torch.bool, device=device)
+    whole = some.clone()
+    if shape.causal:
+        some &= first[None] <= last[:, None]
+        whole &= last[None] <= first[:, None]
+    if shape.window_left is not None:
+        some &= last[None] >= first[:, None] - shape.window_left
+        whole &= first[None] >= last[:, None] - shape.window_left
+    return some[None, None], whole[None, None]
+
+
+def block_list(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool (batch, heads, q blocks, kv blocks) -> int32 counts (.., q blocks) and indices, those that count first."""
+    indices = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1).to(torch.int32), indices.to(torch.int32)
+
+
+def in_flex_blocks(kept: KeptTiles) -> KeptTiles:
+    """The same tiles in FlexAttention's blocks: a block is kept where any group of its rows keeps it."""
+    whole_blocks = kept.keep.shape[2] * kept.rows % FLEX_BLOCK == 0
+    if FLEX_BLOCK % kept.rows or kept.keys % FLEX_BLOCK or not whole_blocks:
+        raise Missing(
+            f"{kept.keep.shape[2]} tiles of {kept.rows} rows and {kept.keys} keys do not add up to "
+            f"FlexAttention's blocks of {FLEX_BLOCK}"
+        )
+    per_block = FLEX_BLOCK // kept.rows
+    keep = kept.keep.unflatten(2, (-1, per_block)).any(dim=3)
+    return KeptTiles(keep.repeat_interleave(kept.keys // FLEX_BLOCK, dim=3), FLEX_BLOCK, FLEX_BLOCK)
+
+
+PEERS: dict[str, Callable[[Shape, torch.Tensor, torch.Tensor, torch.Tensor, KeptTiles | None], Call]] = {
+    "cudnn": functools.partial(_sdpa, "CUDNN_ATTENTION"),
+    "flash": functools.partial(_sdpa, "FLASH_ATTENTION"),
+    "fa4": _flash_attention_4,
+    "flex": _flex,
+}

@@ -1,0 +1,412 @@
+"""The measuring: what of it does not need a GPU, with a clock that is given."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+import cute_sparse
+from cute_sparse.problem import TileGeometry
+from profiling import bench, peers, rows, timing
+from profiling.peers import KeptTiles, Missing, Shape
+
+ORIGIN = rows.Origin("Some GPU", "580.1", "2.13", "4.8.1", "abc", "2026-01-01T00:00:00+00:00")
+SHAPE = Shape(1, 256, 2, 1, 64, 64, True)
+
+
+class GivenTimer:
+    """Each call runs, and took as long as it is told; it notes the order."""
+
+    def __init__(self, durations: dict[str, float] | None = None) -> None:
+        self.durations = durations or {}
+        self.order: list[object] = []
+
+    def milliseconds(self, call) -> float:
+        self.order.append(call)
+        name = call()
+        return self.durations.get(name, 1.0) if isinstance(name, str) else 1.0
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No GPU's state, few rounds, and ours is the reference."""
+    monkeypatch.setattr(timing, "state_under_load", lambda call, ms: {"sm_clock": 1980.0, "power": 650.5})
+    monkeypatch.setattr(timing, "rounds", lambda ms: 3)
+
+
+def make_bench(tmp_path, peer_names=()) -> bench.Bench:
+    return bench.Bench(rows.Writer(tmp_path / "prefill.jsonl"), ORIGIN, GivenTimer(), "cpu", peer_names)
+
+
+def written(tmp_path) -> list[rows.Row]:
+    return list(rows.read(tmp_path / "prefill.jsonl"))
+
+
+def torch_attention(shape, q, k, v, kept):
+    """A peer that computes what it should."""
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+
+    def call():
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=shape.causal, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return call
+
+
+# ---- Cases ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_hold_every_published_shape():
+    assert len(bench.TABLES) == 16
+    for seqlen in (2, 4, 8, 16, 32):
+        for mask in ("causal", "full"):
+            shape = bench.TABLES[f"d128-{seqlen}k-{mask}"]
+            assert shape == Shape(2, seqlen * 1024, 64, 8, 128, 128, mask == "causal")
+    assert bench.TABLES["d192-128-8k-full"] == Shape(2, 8192, 128, 128, 192, 128, False)
+    assert bench.TABLES["d256-16k-causal"] == Shape(1, 16384, 32, 2, 256, 256, True)
+    assert bench.TABLES["d64-8k-window128"].window_left == 127
+    assert bench.LONG["d128-64k-causal"].seqlen == 65536
+
+
+@pytest.mark.parametrize(
+    "shape, pairs",
+    [
+        (Shape(1, 64, 1, 1, 8, 8, False), 64 * 64),
+        (Shape(1, 64, 1, 1, 8, 8, True), 64 * 64 // 2),
+        (Shape(1, 64, 1, 1, 8, 8, True, 9), sum(min(i + 1, 10) for i in range(64))),
+        (Shape(1, 64, 1, 1, 8, 8, True, 1000), sum(range(65))),
+    ],
+)
+def test_flops_count_the_visible_pairs(shape, pairs):
+    assert bench.flops(shape) == 4 * 8 * pairs
+    assert bench.flops(shape._replace(batch=3, heads_q=5, head_dim_v=4)) == 2 * 12 * 15 * pairs
+
+
+# ---- Statistics and clocks -----------------------------------------------------------------------------------------
+
+
+def test_quantiles_are_those_of_the_values():
+    assert timing.quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert timing.quantiles([7.0]) == (7.0, 7.0, 7.0)
+    assert timing.quantiles([1.0, 2.0]) == pytest.approx((1.2, 1.5, 1.8))
+    with pytest.raises(ValueError, match="no value"):
+        timing.quantiles([])
+
+
+def test_providers_take_turns_and_another_begins_each_round(monkeypatch):
+    monkeypatch.setattr(timing, "rounds", lambda ms: 4)
+    calls = {name: (lambda name=name: name) for name in "abc"}
+    timer = GivenTimer({"a": 1.0, "b": 2.0, "c": 3.0})
+    times = timing.interleaved(calls, timer)
+    assert times == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [3.0] * 4}
+    order = "".join(call() for call in timer.order)
+    assert order == "aaabbbccc" + "abc" + "bca" + "cab" + "abc"
+
+
+def test_rounds_follow_from_the_budget_and_are_odd():
+    assert timing.rounds(1e-9) == timing.ROUNDS_MAX and timing.rounds(1e9) == timing.ROUNDS_MIN
+    assert timing.rounds(timing.CASE_BUDGET_MS / 20) == 21
+    assert all(timing.rounds(ms) % 2 for ms in (1.0, 10.0, 80.0, 200.0, 300.0))
+
+
+def test_the_state_is_empty_where_nothing_can_be_asked(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert timing._state_of_smi() == {} and timing.smi("driver_version") == []
+
+
+def test_what_nvidia_smi_does_not_know_is_absent(monkeypatch):
+    monkeypatch.setattr(timing, "smi", lambda query: ["1980", "3201", "[N/A]", "44"])
+    assert timing._state_of_smi() == {"sm_clock": 1980.0, "memory_clock": 3201.0, "temperature": 44.0}
+
+
+# ---- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def a_row(**changes) -> rows.Row:
+    return replace(rows.row(ORIGIN, "prefill", "cute_sparse", "c", "dense", "time", (1.0, 2.0, 3.0)), **changes)
+
+
+def test_rows_come_back_as_they_were_written_and_are_appended(tmp_path):
+    path = tmp_path / "made" / "prefill.jsonl"
+    rows.Writer(path).write(a_row())
+    rows.Writer(path).write(a_row(provider="fa4"))
+    assert list(rows.read(path)) == [a_row(), a_row(provider="fa4")]
+    assert set(json.loads(path.read_text().splitlines()[0])) == {
+        "op", "provider", "case", "mode", "metric", "unit", "p20", "p50", "p80", "gpu", "driver", "torch",
+        "cutlass_dsl", "commit", "time",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(unit="s"), "metric='time'"),
+        (dict(metric="speed"), "metric='speed'"),
+        (dict(p50=4.0), "do not ascend"),
+        (dict(p50=math.nan), "do not ascend"),
+        (dict(p80="3"), "p80='3' is not a number"),
+        (dict(gpu=None), "gpu=None is not a string"),
+    ],
+)
+def test_a_row_that_says_nothing_sound_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        a_row(**changes)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "not a row"),
+        ("[1]", "not a row"),
+        (json.dumps(asdict(a_row()) | {"speed": 1}), "fields: speed"),
+        (json.dumps({k: v for k, v in asdict(a_row()).items() if k != "gpu"}), "fields: gpu"),
+        (json.dumps(asdict(a_row()) | {"unit": "s"}), "metric='time'"),
+    ],
+)
+def test_rows_of_another_schema_are_named_and_kept(tmp_path, line, message):
+    path = tmp_path / "prefill.jsonl"
+    rows.Writer(path).write(a_row())
+    with path.open("a") as file:
+        file.write(line + "\n")
+    before = path.read_bytes()
+    with pytest.raises(rows.BadRow, match=rf"prefill\.jsonl:2: .*{message}"):
+        list(rows.read(path))
+    with pytest.raises(rows.BadRow, match=":2:"):
+        rows.Writer(path)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file: results cannot be written there"):
+        rows.Writer(tmp_path / "file" / "prefill.jsonl")
+
+
+# ---- The search of a threshold -------------------------------------------------------------------------------------
+
+
+def rising(threshold: float) -> float:
+    """0.05 of the tiles have no visible key, 0.9 can be skipped: linear in ln(lambda) over [1e-9, 1]."""
+    return 0.05 + 0.85 * min(1.0, max(0.0, 1 + math.log(threshold) / math.log(1e9)))
+
+
+@pytest.mark.parametrize("target", [0.1, 0.5, 0.75, 0.9])
+def test_the_threshold_found_gives_the_sparsity_wished(target):
+    threshold, achieved = bench.search_threshold(rising, target)
+    assert 0 < threshold <= 1 and achieved == rising(threshold)
+    assert abs(achieved - target) <= bench.SPARSITY_TOLERANCE
+
+
+def test_a_sparsity_of_zero_asks_for_the_smallest_threshold():
+    assert bench.search_threshold(rising, 0.0) == (bench.LAMBDA_MIN, 0.05)
+
+
+def test_a_sparsity_out_of_reach_is_an_error_that_says_what_is_in_reach():
+    with pytest.raises(bench.Unreachable, match=r"0\.95 is out of reach.*0\.050 to 0\.900"):
+        bench.search_threshold(rising, 0.95)
+    with pytest.raises(bench.Unreachable, match="out of reach"):
+        bench.search_threshold(rising, 0.01)
+    with pytest.raises(bench.Unreachable, match="no threshold gives"):
+        bench.search_threshold(lambda threshold: 0.8 if threshold > 0.1 else 0.0, 0.5)
+
+
+# ---- Checking results ----------------------------------------------------------------------------------------------
+
+
+def attended(shape: Shape, threshold: float | None = None):
+    qkv = bench.structured_qkv(1, shape.seqlen, shape.heads_q, shape.heads_kv, shape.head_dim)
+    return qkv, bench.ours(shape, *qkv)(threshold=threshold, return_stats=True)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE._replace(causal=False), SHAPE._replace(window_left=100)])
+def test_a_right_result_passes_and_a_wrong_one_does_not(shape):
+    qkv, got = attended(shape)
+    error = bench.checked_error(shape, *qkv, got.out, None)
+    assert 0 < error < 1e-2
+    with pytest.raises(bench.Wrong, match="relative error"):
+        bench.checked_error(shape, *qkv, got.out * 1.02, None)
+    with pytest.raises(bench.Wrong, match="relative error"):
+        bench.checked_error(shape._replace(causal=not shape.causal), *qkv, got.out, None)
+    with pytest.raises(bench.Wrong, match="not finite"):
+        bench.checked_error(shape, *qkv, got.out.index_fill(1, torch.tensor([77]), math.nan), None)
+    with pytest.raises(bench.Wrong, match="shape"):
+        bench.checked_error(shape, *qkv, got.out[:, 1:], None)
+
+
+def kept_tiles(stats: cute_sparse.Stats) -> KeptTiles:
+    return KeptTiles(stats.skip_map == bench.KEPT, stats.geometry.tile_rows, stats.geometry.tile_n)
+
+
+def test_skipped_tiles_are_left_out_of_the_expectation():
+    shape = SHAPE._replace(seqlen=1024)
+    qkv, got = attended(shape, threshold=0.9)
+    assert bench.skipped_share(got.stats) > 0.2
+    bench.checked_error(shape, *qkv, got.out, kept_tiles(got.stats))
+    with pytest.raises(bench.Wrong, match="relative error"):
+        bench.checked_error(shape, *qkv, got.out, None)
+
+
+# ---- A run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_dense_case_leaves_its_rows(tmp_path, quick, monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "fa4", torch_attention)
+    run = make_bench(tmp_path, ["fa4"])
+    run.run("tiny", SHAPE, None)
+    assert not run.failures and not run.missing
+    found = {(row.provider, row.metric): row for row in written(tmp_path)}
+    assert set(found) == {(p, m) for p in ("cute_sparse", "fa4") for m in ("error", "time", "rate")} | {
+        ("gpu", "sm_clock"), ("gpu", "power"),
+    }  # fmt: skip
+    assert found["cute_sparse", "time"].p50 == 1.0
+    assert found["cute_sparse", "rate"].p50 == pytest.approx(bench.flops(SHAPE) / 1e9)
+    assert {row.case for row in found.values()} == {"tiny"} and found["gpu", "power"].p50 == 650.5
+
+
+def test_a_sparse_case_reports_what_was_skipped(tmp_path, quick):
+    run = make_bench(tmp_path, ["flex"])
+    run.run("tiny", SHAPE._replace(seqlen=1024), (0.0, 0.5))
+    found = {(row.provider, row.mode, row.metric): row.p50 for row in written(tmp_path)}
+    assert found["cute_sparse", "sparsity 0.5", "sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert 0 < found["cute_sparse", "sparsity 0.5", "threshold"] <= 1
+    assert found["cute_sparse", "sparsity 0.5", "error_dense"] >= found["cute_sparse", "sparsity 0.5", "error"]
+    assert ("cute_sparse", "structured, dense", "time") in found and ("cute_sparse", "sparsity 0", "time") in found
+
+
+def test_a_peer_that_fails_or_is_wrong_or_missing_is_named_and_the_rest_is_measured(tmp_path, quick, monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("it broke")
+
+    def absent(*_):
+        raise Missing("pip install it")
+
+    monkeypatch.setitem(peers.PEERS, "cudnn", lambda *_: breaks)
+    monkeypatch.setitem(peers.PEERS, "flash", lambda shape, q, k, v, kept: lambda: q * 0)
+    monkeypatch.setitem(peers.PEERS, "fa4", absent)
+    run = make_bench(tmp_path, ["cudnn", "flash", "fa4"])
+    run.run("tiny", SHAPE, None)
+    run.run("again", SHAPE, None)
+    assert run.missing == ["tiny, dense: fa4: pip install it", "again, dense: fa4: pip install it"]
+    assert ["it broke" in line for line in run.failures] == [True, False] * 2
+    assert "tiny, flash, dense: Wrong: relative error" in run.failures[1]
+    timed = [(row.case, row.provider) for row in written(tmp_path) if row.metric == "time"]
+    assert timed == [("tiny", "cute_sparse"), ("again", "cute_sparse")]
+
+
+def test_an_error_while_timing_keeps_the_earlier_rows_and_goes_on(tmp_path, quick, monkeypatch):
+    run = make_bench(tmp_path)
+    run.run("first", SHAPE, None)
+    interleaved = timing.interleaved
+    monkeypatch.setattr(timing, "interleaved", lambda *_: 1 / 0)
+    run.run("second", SHAPE, None)
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    run.run("third", SHAPE, None)
+    assert run.failures == ["second: ZeroDivisionError: division by zero"]
+    assert [row.case for row in written(tmp_path) if row.metric == "time"] == ["first", "third"]
+
+
+def test_an_unreachable_sparsity_fails_alone(tmp_path, quick):
+    run = make_bench(tmp_path)
+    run.run("tiny", SHAPE._replace(seqlen=512), (0.0, 0.99))
+    assert len(run.failures) == 1 and "sparsity 0.99: Unreachable" in run.failures[0]
+    assert "sparsity 0" in {row.mode for row in written(tmp_path) if row.metric == "time"}
+
+
+def test_under_a_profiler_nothing_is_timed(tmp_path, quick, monkeypatch):
+    captured = []
+
+    class Range:
+        def __init__(self, name):
+            captured.append(name)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setenv(timing.PROFILED_VARIABLE, "1")
+    monkeypatch.setattr(timing, "captured", Range)
+    run = make_bench(tmp_path)
+    run.run("tiny", SHAPE, None)
+    assert captured == ["tiny, cute_sparse, dense"] and not run.timer.order
+    assert {row.metric for row in written(tmp_path)} == {"error"}
+
+
+# ---- Peers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [SHAPE._replace(seqlen=640), SHAPE._replace(seqlen=640, causal=False),
+                                   SHAPE._replace(seqlen=640, window_left=200)])  # fmt: skip
+def test_flex_attentions_blocks_are_those_of_the_mask(shape):
+    at = torch.arange(shape.seqlen)
+    mask = peers.mask_of(shape)(0, 0, at[:, None], at[None]).broadcast_to(shape.seqlen, shape.seqlen)
+    blocks = mask.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).transpose(1, 2).flatten(2)
+    some, whole = peers.visible_blocks(shape, torch.device("cpu"))
+    assert torch.equal(some[0, 0], blocks.any(-1)) and torch.equal(whole[0, 0], blocks.all(-1))
+
+
+def test_block_lists_name_the_blocks():
+    counts, indices = peers.block_list(torch.tensor([[[[1, 0, 1], [0, 0, 0]]]], dtype=torch.bool))
+    assert counts.tolist() == [[[2, 0]]] and indices[0, 0, 0, :2].tolist() == [0, 2] and indices.dtype == torch.int32
+
+
+def test_tiles_become_flex_attentions_blocks_where_they_add_up():
+    keep = torch.tensor([[1, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.bool)[None, None]
+    assert peers.in_flex_blocks(KeptTiles(keep, 64, 128)).keep.tolist() == [[[[True, False], [False, False]]]]
+    assert peers.in_flex_blocks(KeptTiles(keep, 64, 256)).keep[0, 0, 0].tolist() == [True, True, False, False]
+    for rows_, keys in ((64, 176), (96, 128), (192, 128)):
+        with pytest.raises(Missing, match=f"{rows_} rows and {keys} keys"):
+            peers.in_flex_blocks(KeptTiles(keep, rows_, keys))
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_a_window_is_no_case_for_pytorchs_attention(name):
+    q = torch.zeros(1, 256, 2, 64)
+    with pytest.raises(Missing, match="window"):
+        peers.PEERS[name](SHAPE._replace(window_left=10), q, q, q, None)
+
+
+# ---- The command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["decode"], "no decode kernel yet; supported: prefill"),
+        (["prefill", "--case", "none"], "unknown case 'none'; there are d128-2k-causal"),
+        (["prefill", "--peers", "cudnn,xformers"], "unknown peer xformers; there are cudnn, flash, fa4, flex"),
+        (["prefill", "--sparsity", "0,x"], "not a list of numbers"),
+        (["prefill", "--sparsity", "1"], "in [0, 1)"),
+        (["backward"], "invalid choice"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        bench.main(arguments)
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_bench_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["prefill", "--out", str(tmp_path)]) == 2
+    assert "no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_commit_is_told_or_found_or_a_digest_of_the_sources(monkeypatch):
+    monkeypatch.setenv(bench.COMMIT_VARIABLE, "given")
+    assert bench.find_commit() == "given"
+    monkeypatch.delenv(bench.COMMIT_VARIABLE)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert bench.find_commit() == f"sources-{bench.source_digest()[:12]}"
+
+
+def test_tiles_of_the_default_geometry_fit_flex_attentions_blocks():
+    """So that the comparison on a block mask exists at all for head dim 128."""
+    geometry = TileGeometry(tile_m=128, tile_rows=64, tile_n=128)
+    keep = torch.ones(1, 1, 8, 4, dtype=torch.bool)
+    assert peers.in_flex_blocks(KeptTiles(keep, geometry.tile_rows, geometry.tile_n)).keep.shape == (1, 1, 4, 4)
