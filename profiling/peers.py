@@ -1,6 +1,7 @@
 """Other people's attention on the same tensors: cuDNN and flash through PyTorch, FlashAttention-4, FlexAttention.
 
-Each is optional. A maker takes (shape, q, k, v, kept) and returns the call, or raises `Missing` with the reason.
+Each is optional. A maker takes (shape, q, k, v, kept) and returns the call, or raises `Missing` with the reason, as the
+call may.
 Tensors are (batch, seqlen, heads, head_dim), as is the result. `kept` is None but for "flex", whose block mask can say
 it.
 """
@@ -53,13 +54,16 @@ def _sdpa(
     if kept is not None:
         raise Missing("PyTorch's scaled_dot_product_attention has no block mask")
     heads = [x.transpose(1, 2) for x in (q, k, v)]
-    which = getattr(SDPBackend, backend)
+    which, gqa = getattr(SDPBackend, backend), shape.heads_q != shape.heads_kv
 
     def call() -> torch.Tensor:
-        with sdpa_kernel(which):
-            out = scaled_dot_product_attention(
-                *heads, is_causal=shape.causal, enable_gqa=shape.heads_q != shape.heads_kv
-            )
+        try:
+            with sdpa_kernel(which):
+                out = scaled_dot_product_attention(*heads, is_causal=shape.causal, enable_gqa=gqa)
+        except RuntimeError as error:
+            if "No available kernel" in str(error):
+                raise Missing(f"PyTorch {torch.__version__} has no {backend} for this shape") from None
+            raise
         return out.transpose(1, 2)
 
     return call

@@ -1,0 +1,289 @@
+"""Everything a GPU can tell, the most worth first: python -m profiling.gpu_check [--budget SECONDS] [--out DIR]
+[--only TEXT] [--again TEXT] [--dry-run]
+
+Steps, each a process of its own with a time limit, its output in DIR/log.txt; one that fails does not stop the next:
+  1. the tests marked gpu: every kernel case against the oracle
+  2. the emulator against silicon
+  3. compute-sanitizer on one case of every head dim, dense and skipping
+  4. the benchmark's tables beside the peers, one case a step
+  5. sparsity at 64K
+  6. Nsight Compute on one dense and one skipping case
+A call takes at most --budget seconds (9 minutes), and the next one goes on: DIR/state.json says which steps have ended
+with these sources. A step that has not ended in its limit, or that the budget cut off, is tried again; one that failed
+is not, unless named with --again. Steps of which the rest of the budget holds less than half the limit wait for the
+next call. Nothing is installed. DIR (profiling/results/<gpu> by default) holds at most 8 files of less than 16 MiB:
+state.json, log.txt, prefill.jsonl and the profiler's. A DIR without a state begins as a copy of the default folder.
+
+Exit status: 0 when every step has ended and passed; 1 when one has failed; 3 when steps are left; 2 for no GPU.
+--dry-run prints the steps, what each needs and whether it is here, and runs none.
+
+The steps' commands have not run on a GPU yet; their order, limits, states and files are tested without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from profiling import bench, rows
+
+ROOT = bench.ROOT
+BUDGET_S = 540.0
+FILES_MAX, FILE_BYTES_MAX = 8, 16 << 20
+LOG_BYTES_MAX = 15 << 20
+STATE, LOG = "state.json", "log.txt"
+PASSED, FAILED, TIMED_OUT, UNAVAILABLE = "passed", "failed", "timed out", "unavailable"
+BENCH_CASES_BY_WORTH = (
+    "d128-8k-causal", "d128-8k-full", "d128-16k-causal", "d128-4k-causal", "d256-16k-causal", "d192-128-8k-causal",
+    "dit-17k-full", "d64-8k-window128",
+)  # fmt: skip
+SPARSITIES = "0,0.25,0.5,0.75,0.9"
+
+
+@dataclass(frozen=True)
+class Step:
+    """command, with {out} for the results' folder; limit_s of the process; tool: a program that must be on the PATH."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    tool: str | None = None
+    environment: tuple[tuple[str, str], ...] = field(default=())
+
+
+def steps(python: str = sys.executable) -> list[Step]:
+    """In the order of their worth."""
+    tests = (python, "-m", "pytest", "-v", "--tb=short", "-m", "gpu")
+    found = [
+        Step("tests", (*tests, "tests", "--ignore=tests/emulator"), 420.0),
+        Step("tests-silicon", (*tests, "tests/emulator/test_silicon.py"), 300.0),
+    ]
+    found += [sanitizer(python, case) for case in bench.SMALL]
+    by_worth = dict.fromkeys([*BENCH_CASES_BY_WORTH, *bench.TABLES])
+    found += [Step(f"bench-{case}", bench_command(python, case), 150.0) for case in by_worth]
+    found += [
+        Step(f"bench-{case}-sparsity", (*bench_command(python, case), "--sparsity", SPARSITIES), 270.0)
+        for case in bench.LONG
+    ]
+    found.append(profile(python, "d128-8k-causal", "dense"))
+    found.append(profile(python, "d128-8k-causal", "sparsity", "--sparsity", "0.75"))
+    return found
+
+
+def bench_command(python: str, case: str) -> tuple[str, ...]:
+    return (python, "-m", "profiling.bench", "prefill", "--case", case, "--out", "{out}")
+
+
+def sanitizer(python: str, case: str) -> Step:
+    """PyTorch's allocator would hide what lies beyond a tensor: without its cache, each is an allocation of its own."""
+    command = (
+        "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
+        python, "-m", "profiling.bench", "prefill", "--case", case, "--peers", "", "--sparsity", "0.5",
+        "--out", "{scratch}",
+    )  # fmt: skip
+    environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), (bench.timing.PROFILED_VARIABLE, "1"))
+    return Step(f"memcheck-{case}", command, 150.0, "compute-sanitizer", environment)
+
+
+def profile(python: str, case: str, name: str, *more: str) -> Step:
+    """Only the text comes to the results: a report of ncu is large."""
+    script = f'profiling/ncu.sh {case} "$1" {shlex.join(more)} && cp "$1/ncu-{case}.txt" "$2/ncu-{name}.txt"'
+    command = ("sh", "-c", script, "sh", "{scratch}", "{out}")
+    return Step(f"ncu-{name}", command, 180.0, "ncu", (("PYTHON", python),))
+
+
+# ---- The state -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a step ended, with which sources (a digest)."""
+
+    status: str
+    seconds: float
+    sources: str
+
+
+class State:
+    """Which steps have ended, in DIR/state.json. Raises ValueError where the file is not one of this version."""
+
+    def __init__(self, folder: Path, sources: str) -> None:
+        self.path, self.sources = folder / STATE, sources
+        self.ended: dict[str, Ended] = {}
+        if self.path.exists():
+            try:
+                self.ended = {name: Ended(**value) for name, value in json.loads(self.path.read_text()).items()}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.path} is no state of this version, remove it to begin anew: {error}") from None
+
+    def set(self, step: Step, status: str, seconds: float) -> None:
+        self.ended[step.name] = Ended(status, round(seconds, 1), self.sources)
+        replacement = self.path.with_suffix(".tmp")
+        content = {name: asdict(value) for name, value in self.ended.items()}
+        replacement.write_text(json.dumps(content, indent=1) + "\n")
+        replacement.replace(self.path)
+
+    def status(self, step: Step) -> str | None:
+        """None where the step never ended with these sources."""
+        ended = self.ended.get(step.name)
+        return ended.status if ended and ended.sources == self.sources else None
+
+    def to_do(self, all_steps: list[Step], again: str | None = None) -> list[Step]:
+        """Steps that never ran first, then those that timed out."""
+        new = [s for s in all_steps if self.status(s) is None or (again and again in s.name)]
+        return new + [s for s in all_steps if self.status(s) == TIMED_OUT and s not in new]
+
+
+# ---- Running -------------------------------------------------------------------------------------------------------
+
+Runner = Callable[[Step, float, Path], int | None]
+
+
+def run_process(step: Step, limit_s: float, folder: Path) -> int | None:
+    """Runs a step with its output in the log; its exit status, or None where it was ended at the limit."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch, (folder / LOG).open("ab") as log:
+        command = [part.replace("{out}", str(folder)).replace("{scratch}", scratch) for part in step.command]
+        log.write(f"\n==== {step.name}: {shlex.join(command)}\n".encode())
+        log.flush()
+        environment = os.environ | dict(step.environment) | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _end_group(process)
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """The process and what it started, which is its process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def check(
+    all_steps: list[Step], state: State, folder: Path, budget_s: float, runner: Runner = run_process,
+    clock: Callable[[], float] = time.monotonic, again: str | None = None,
+) -> None:  # fmt: skip
+    """Runs what is to do while the budget lasts; the state is written after every step."""
+    begin = clock()
+    for step in state.to_do(all_steps, again):
+        left = budget_s - (clock() - begin)
+        if left < step.limit_s / 2:
+            continue
+        if step.tool is not None and shutil.which(step.tool) is None:
+            print(f"{step.name}: {step.tool} is not on the PATH", flush=True)
+            state.set(step, UNAVAILABLE, 0.0)
+            continue
+        started = clock()
+        code = runner(step, min(step.limit_s, left), folder)
+        seconds = clock() - started
+        status = TIMED_OUT if code is None else PASSED if code == 0 else FAILED
+        state.set(step, status, seconds)
+        shorten(folder / LOG)
+        print(f"{step.name}: {status} after {seconds:.0f} s", flush=True)
+
+
+def shorten(log: Path) -> None:
+    """Keeps the end of a log that has grown too large."""
+    if log.exists() and log.stat().st_size > LOG_BYTES_MAX:
+        content = log.read_bytes()[-LOG_BYTES_MAX // 2 :]
+        log.write_bytes(b"[the beginning was cut off]\n" + content)
+
+
+def too_much(folder: Path) -> list[str]:
+    """What is wrong with the folder's files, for who must carry them."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    found = [f"{path.name} has {path.stat().st_size} bytes" for path in files if path.stat().st_size >= FILE_BYTES_MAX]
+    return found + ([f"{len(files)} files, more than {FILES_MAX}"] if len(files) > FILES_MAX else [])
+
+
+def begin_folder(folder: Path, earlier: Path) -> None:
+    """Makes the folder; one without a state gets the files of the earlier one, so that work goes on there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() != earlier.resolve() and not (folder / STATE).exists() and earlier.is_dir():
+        for path in earlier.iterdir():
+            if path.is_file() and path.suffix in (".json", ".jsonl", ".txt"):
+                shutil.copy2(path, folder)
+
+
+def check_installed() -> None:
+    """Raises RuntimeError where this Python does not have the project's packages."""
+    if importlib.util.find_spec("cute_sparse.kernels") is None:
+        command = "-m pip install --no-index --no-deps --no-build-isolation -e ."
+        raise RuntimeError(f"the project is not installed for this Python: {sys.executable} {command}")
+
+
+def plan(all_steps: list[Step]) -> str:
+    lines = []
+    for number, step in enumerate(all_steps, 1):
+        missing = step.tool is not None and shutil.which(step.tool) is None
+        need = f"; {step.tool} is not on the PATH" if missing else ""
+        variables = "".join(f"{name}={value} " for name, value in step.environment)
+        lines.append(f"{number:3} {step.name} (at most {step.limit_s:.0f} s{need})\n      {variables}"
+                     f"{shlex.join(step.command)}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m profiling.gpu_check", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds that this call may take")
+    parser.add_argument("--out", type=Path, help="results' folder; default: profiling/results/<gpu>")
+    parser.add_argument("--only", default="", help="steps whose name contains this")
+    parser.add_argument("--again", help="also run steps whose name contains this and which have ended")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps, run none")
+    options = parser.parse_args(arguments)
+    chosen = [step for step in steps() if options.only in step.name]
+    if not chosen:
+        parser.error(f"--only {options.only!r}: no step; there are {', '.join(step.name for step in steps())}")
+    if options.dry_run:
+        print(plan(chosen))
+        return 0
+    try:
+        check_installed()
+        earlier = rows.RESULTS / rows.folder_name(bench.gpu_name())
+        folder = (options.out or earlier).resolve()
+        begin_folder(folder, earlier)
+        state = State(folder, bench.source_digest())
+    except (RuntimeError, OSError, ValueError) as error:
+        print(f"gpu_check.py: {error}", file=sys.stderr)
+        return 2
+    check(chosen, state, folder, options.budget, again=options.again)
+    return summary(chosen, state, folder)
+
+
+def summary(all_steps: list[Step], state: State, folder: Path) -> int:
+    """Prints what ended how; the exit status."""
+    by_status: dict[str, list[str]] = {}
+    for step in all_steps:
+        by_status.setdefault(state.status(step) or "to do", []).append(step.name)
+    for status, names in by_status.items():
+        print(f"{status}: {len(names)}" + ("" if status == PASSED else f" ({', '.join(names)})"))
+    for line in too_much(folder):
+        print(f"too much for one folder: {line}")
+    print(f"results: {folder}")
+    if FAILED in by_status:
+        return 1
+    return 3 if "to do" in by_status or TIMED_OUT in by_status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

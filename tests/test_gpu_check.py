@@ -1,0 +1,230 @@
+"""make gpu-check, with a clock and a runner that are given, and with processes that need no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from profiling import bench, gpu_check, rows
+from profiling.gpu_check import FAILED, PASSED, TIMED_OUT, UNAVAILABLE, State, Step
+
+
+class FakeGpu:
+    """Steps take the seconds and end with the status that they are told; time is what they took."""
+
+    def __init__(self, seconds: dict[str, float], status: dict[str, int | None] | None = None) -> None:
+        self.seconds, self.status = seconds, status or {}
+        self.now, self.ran = 0.0, []
+
+    def clock(self) -> float:
+        return self.now
+
+    def run(self, step: Step, limit_s: float, folder) -> int | None:
+        self.ran.append(step.name)
+        took = self.seconds.get(step.name, 10.0)
+        self.now += min(took, limit_s)
+        return None if took > limit_s else self.status.get(step.name, 0)
+
+    def check(self, steps, state, folder, budget_s=540.0, again=None):
+        self.ran.clear()
+        gpu_check.check(steps, state, folder, budget_s, self.run, self.clock, again)
+        return list(self.ran)
+
+
+def three(limit_s: float = 100.0) -> list[Step]:
+    return [Step(name, ("true",), limit_s) for name in ("first", "second", "third")]
+
+
+def test_everything_runs_in_order_and_what_failed_stops_nothing(tmp_path, capsys):
+    gpu, state = FakeGpu({}, {"second": 1}), State(tmp_path, "s")
+    assert gpu.check(three(), state, tmp_path) == ["first", "second", "third"]
+    assert [state.status(step) for step in three()] == [PASSED, FAILED, PASSED]
+    assert "second: failed after 10 s" in capsys.readouterr().out
+    assert gpu_check.summary(three(), state, tmp_path) == 1
+
+
+def test_the_next_call_goes_on_where_the_budget_ended(tmp_path):
+    gpu = FakeGpu({"first": 90.0, "second": 90.0, "third": 90.0})
+    assert gpu.check(three(), State(tmp_path, "s"), tmp_path, budget_s=200) == ["first", "second"]
+    assert gpu_check.summary(three(), State(tmp_path, "s"), tmp_path) == 3
+    assert gpu.check(three(), State(tmp_path, "s"), tmp_path, budget_s=200) == ["third"]
+    assert gpu.check(three(), State(tmp_path, "s"), tmp_path) == []
+    assert gpu_check.summary(three(), State(tmp_path, "s"), tmp_path) == 0
+
+
+def test_a_call_never_takes_longer_than_its_budget(tmp_path):
+    gpu = FakeGpu({name: 1e9 for name in ("first", "second", "third")})
+    gpu.check(three(), State(tmp_path, "s"), tmp_path, budget_s=270)
+    assert gpu.ran == ["first", "second", "third"] and gpu.now == 270
+    assert gpu_check.summary(three(), State(tmp_path, "s"), tmp_path) == 3
+
+
+def test_a_step_cut_off_is_tried_again_after_those_that_never_ran(tmp_path):
+    gpu = FakeGpu({"first": 1e9})
+    gpu.check(three()[:1], State(tmp_path, "s"), tmp_path)
+    assert State(tmp_path, "s").status(three()[0]) == TIMED_OUT
+    assert FakeGpu({}).check(three(), State(tmp_path, "s"), tmp_path) == ["second", "third", "first"]
+    assert State(tmp_path, "s").status(three()[0]) == PASSED
+
+
+def test_a_failed_step_is_run_again_on_request_only(tmp_path):
+    FakeGpu({}, {"second": 1}).check(three(), State(tmp_path, "s"), tmp_path)
+    assert FakeGpu({}).check(three(), State(tmp_path, "s"), tmp_path) == []
+    assert FakeGpu({}).check(three(), State(tmp_path, "s"), tmp_path, again="sec") == ["second"]
+    assert State(tmp_path, "s").status(three()[1]) == PASSED
+
+
+def test_other_sources_begin_anew(tmp_path):
+    FakeGpu({}).check(three(), State(tmp_path, "s"), tmp_path)
+    assert FakeGpu({}).check(three(), State(tmp_path, "changed"), tmp_path) == ["first", "second", "third"]
+
+
+def test_a_step_whose_tool_is_missing_is_told_and_left_out(tmp_path, capsys):
+    steps = [Step("profile", ("true",), 10.0, "no-such-profiler"), *three()]
+    state = State(tmp_path, "s")
+    assert FakeGpu({}).check(steps, state, tmp_path) == ["first", "second", "third"]
+    assert state.status(steps[0]) == UNAVAILABLE
+    assert "no-such-profiler is not on the PATH" in capsys.readouterr().out
+    assert gpu_check.summary(steps, state, tmp_path) == 0
+    assert "unavailable: 1 (profile)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"first": {"status": "passed"}}', '{"first": 1}'])
+def test_a_state_of_another_version_is_an_error_and_kept(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(ValueError, match="remove it to begin anew"):
+        State(tmp_path, "s")
+    assert (tmp_path / "state.json").read_text() == content
+
+
+# ---- Processes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_process_writes_to_the_log_and_gets_its_folders(tmp_path):
+    code = "import os, sys; print(os.environ['MINE'], sys.argv[1], os.path.isdir(sys.argv[2])); sys.exit(5)"
+    step = Step("p", (sys.executable, "-c", code, "{out}/x", "{scratch}"), 60.0, environment=(("MINE", "set"),))
+    assert gpu_check.run_process(step, 60.0, tmp_path) == 5
+    assert gpu_check.run_process(Step("q", ("sh", "-c", "echo to stderr >&2"), 60.0), 60.0, tmp_path) == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert f"set {tmp_path}/x True" in log and "==== q: sh -c" in log and "\nto stderr\n" in log
+
+
+def test_a_process_at_its_limit_ends_with_its_children(tmp_path):
+    step = Step("p", ("sh", "-c", "echo begun; sleep 300 & echo $! > '{out}/child'; wait"), 60.0)
+    begin = time.monotonic()
+    assert gpu_check.run_process(step, 3.0, tmp_path) is None
+    assert time.monotonic() - begin < 60
+    assert "begun" in (tmp_path / "log.txt").read_text()
+    child = int((tmp_path / "child").read_text())
+    assert ended(child)
+
+
+def ended(pid: int) -> bool:
+    """Gone, or a zombie that nobody has waited for."""
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "Z":
+                    return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+# ---- The folder ----------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_folder_begins_as_the_earlier_one_and_a_used_one_stays(tmp_path):
+    earlier, folder = tmp_path / "earlier", tmp_path / "out"
+    earlier.mkdir()
+    (earlier / "state.json").write_text("{}")
+    (earlier / "prefill.jsonl").write_text("rows\n")
+    (earlier / "rate.png").write_text("a plot")
+    gpu_check.begin_folder(folder, earlier)
+    assert sorted(path.name for path in folder.iterdir()) == ["prefill.jsonl", "state.json"]
+    (folder / "prefill.jsonl").write_text("more rows\n")
+    gpu_check.begin_folder(folder, earlier)
+    assert (folder / "prefill.jsonl").read_text() == "more rows\n"
+
+
+def test_too_many_or_too_large_files_are_named(tmp_path, monkeypatch):
+    assert gpu_check.too_much(tmp_path) == []
+    monkeypatch.setattr(gpu_check, "FILE_BYTES_MAX", 100)
+    (tmp_path / "big").write_bytes(bytes(100))
+    for index in range(8):
+        (tmp_path / str(index)).write_text("")
+    assert gpu_check.too_much(tmp_path) == ["big has 100 bytes", "9 files, more than 8"]
+
+
+def test_a_log_that_grows_keeps_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LOG_BYTES_MAX", 100)
+    log = tmp_path / "log.txt"
+    log.write_bytes(b"x" * 200 + b"the end")
+    gpu_check.shorten(log)
+    assert log.read_bytes().endswith(b"the end") and log.stat().st_size <= 100
+
+
+# ---- The steps and the command -------------------------------------------------------------------------------------
+
+
+def test_the_steps_are_ordered_by_worth_and_cover_every_table():
+    names = [step.name for step in gpu_check.steps("python3")]
+    assert len(set(names)) == len(names)
+    assert names[:3] == ["tests", "tests-silicon", "memcheck-small-d64"]
+    assert {f"bench-{case}" for case in bench.TABLES} <= set(names)
+    kinds = [name.split("-")[0] for name in names]
+    assert sorted(set(kinds), key=kinds.index) == ["tests", "memcheck", "bench", "ncu"]
+    assert names.index("bench-d128-64k-causal-sparsity") > max(names.index(f"bench-{case}") for case in bench.TABLES)
+    for step in gpu_check.steps("python3"):
+        assert step.limit_s <= gpu_check.BUDGET_S
+
+
+def test_the_benchmarks_steps_are_requests_that_the_benchmark_takes():
+    for step in gpu_check.steps("python3"):
+        if "profiling.bench" in step.command:
+            bench.parse(list(step.command[step.command.index("profiling.bench") + 1 :]))
+
+
+def test_the_results_are_at_most_eight_files():
+    written = {gpu_check.STATE, gpu_check.LOG, "prefill.jsonl"}
+    written |= {f"{step.name}.txt" for step in gpu_check.steps() if step.name.startswith("ncu")}
+    assert len(written) <= gpu_check.FILES_MAX
+
+
+def test_a_dry_run_prints_the_steps_and_runs_none(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check, "run_process", None)
+    assert gpu_check.main(["--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert all(step.name in out for step in gpu_check.steps())
+    assert gpu_check.main(["--dry-run", "--only", "memcheck"]) == 0
+    assert "bench-" not in capsys.readouterr().out
+
+
+def test_requests_that_cannot_be_run_are_refused(capsys, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit) as exit_:
+        gpu_check.main(["--only", "nothing"])
+    assert exit_.value.code == 2 and "there are tests" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_whole_call_with_a_given_gpu(tmp_path, monkeypatch, capsys):
+    """From the command to the folder, with steps that need no GPU."""
+    steps = [Step("good", ("sh", "-c", "echo fine > '{out}/ncu-x.txt'"), 60.0), Step("bad", ("false",), 60.0)]
+    monkeypatch.setattr(gpu_check, "steps", lambda: steps)
+    monkeypatch.setattr(bench, "gpu_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    assert gpu_check.main([]) == 1
+    folder = tmp_path / "nvidia-h200"
+    assert sorted(path.name for path in folder.iterdir()) == ["log.txt", "ncu-x.txt", "state.json"]
+    state = json.loads((folder / "state.json").read_text())
+    assert {name: value["status"] for name, value in state.items()} == {"good": "passed", "bad": "failed"}
+    out = capsys.readouterr().out
+    assert "failed: 1 (bad)" in out and f"results: {folder}" in out
