@@ -62,7 +62,7 @@ struct Instr {
   uint32_t guard = NO_GUARD;  // slot of the guard predicate
   bool guard_negated = false;
   bool aligned = false;  // .sync/.aligned: every live lane of the warp must execute it together
-  bool acts = false;     // touches memory or synchronises: what a wait before it may have been for
+  bool acts = false;     // touches memory or synchronises, but for mbarriers: what a wait before it may have been for
   bool moves = false;    // a plain copy: hands on whether its sources were written, instead of demanding it
   uint32_t d[2] = {0, 0};              // destination slots
   uint32_t s[5] = {0, 0, 0, 0, 0};     // source slots
@@ -384,8 +384,9 @@ struct Launch {
   std::shared_ptr<GridOrder> grid_order = make_grid_order();
   std::atomic<uint64_t> instructions{0};
   std::atomic<bool> failed{false};
-  // By statement: 1 once it has made a difference. A wait: it has learned of a completed phase and the warp has acted
-  // since. An arrival: a wait has learned of it. A wgmma.fence: no other stood between two uses of a register.
+  // By statement: 1 once it has made a difference. A wait: it has taught the warp what it did not know, and the warp
+  // has acted since, or arrived where somebody waited. An arrival: a wait has learned of it. A wgmma.fence: no other
+  // stood between two uses of a register.
   std::vector<std::atomic<uint8_t>> heard;
 };
 

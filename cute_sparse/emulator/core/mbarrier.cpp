@@ -66,18 +66,33 @@ uint32_t statement_of(const Cluster& cluster, const Warp* warp) {
   return warp ? warp->program->code[warp->groups[warp->current].pc].statement : cluster.completing;
 }
 
-void contribute(const Cluster& cluster, MBarrier& b, const Warp* warp) {
-  const uint32_t statement = statement_of(cluster, warp);
-  if (std::find(b.contributors.begin(), b.contributors.end(), statement) == b.contributors.end())
-    b.contributors.push_back(statement);
+void add_once(std::vector<uint32_t>& statements, uint32_t statement) {
+  if (std::find(statements.begin(), statements.end(), statement) == statements.end()) statements.push_back(statement);
 }
 
-// A wait has passed: unless the barrier is as it was initialised, it and the arrivals of that phase were needed.
+// The arrival, and the waits that it may hand on, matter if somebody waits for this phase.
+void contribute(const Cluster& cluster, MBarrier& b, const Warp* warp) {
+  add_once(b.contributors, statement_of(cluster, warp));
+  if (warp)
+    for (const uint32_t wait : warp->unused_waits) add_once(b.contributors, wait);
+}
+
+bool knows_all(const std::vector<uint32_t>& known, const std::vector<uint32_t>& told) {
+  for (size_t k = 0; k < told.size(); ++k)
+    if (told[k] > (k < known.size() ? known[k] : 0)) return false;
+  return true;
+}
+
+// A wait is about to pass. It was needed unless the barrier is as it was initialised, or tells only what the warp
+// knows; the arrivals of the phase have been waited for in any case.
 void hear(Warp& w, const MBarrier& b) {
   if (b.phase == 0) return;
   auto& heard = w.cluster->launch->heard;
   const uint32_t wait = statement_of(*w.cluster, &w);
-  if (!heard[wait].load(std::memory_order_relaxed)) w.unused_waits.push_back(wait);
+  const bool nothing_new = w.cluster->race.enabled && b.completed.partial.empty() &&
+                           knows_all(w.clock.seen, b.completed.seen) &&
+                           knows_all(w.clock.proxied, b.completed.proxied);
+  if (!nothing_new && !heard[wait].load(std::memory_order_relaxed)) add_once(w.unused_waits, wait);
   for (const uint32_t statement : b.heard) heard[statement].store(1, std::memory_order_relaxed);
 }
 
@@ -336,15 +351,15 @@ Step exec_wait(Warp& w, const Instr& i) {
     }
   });
   if (ready != w.mask && spec.may_block && !w.group().timed_out) return w.block(wait);
+  for_addresses(w, i, [&](uint32_t address, uint32_t lanes) {
+    if (lanes & ready) hear(w, w.cluster->mbarrier(address, &w));
+  });
   if (ready && w.cluster->race.enabled)
     for_addresses(w, i, [&](uint32_t address, uint32_t lanes) {
       if (!(lanes & ready)) return;
       const Clock& completed = w.cluster->mbarrier(address, &w).completed;
       if (spec.relaxed) w.order.unfenced.join(completed); else acquire(w, completed);
     });
-  for_addresses(w, i, [&](uint32_t address, uint32_t lanes) {
-    if (lanes & ready) hear(w, w.cluster->mbarrier(address, &w));
-  });
   uint32_t& result = w.pred(i.d[0]);
   result = (result & ~w.mask) | ready;
   if (spec.may_block) w.unblock();

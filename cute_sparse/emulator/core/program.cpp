@@ -26,7 +26,6 @@ bool is_fixed_special(const std::string& name) {
 bool acts(const Statement& s) {
   static const std::set<std::string> mnemonics = {"ld", "st", "atom", "red", "cp", "bar", "barrier", "wgmma", "tcgen05",
                                                   "ldmatrix", "stmatrix", "clusterlaunchcontrol", "griddepcontrol"};
-  if (s.mnemonic() == "mbarrier") return !s.has("try_wait") && !s.has("test_wait");
   return mnemonics.count(s.mnemonic()) != 0;
 }
 
