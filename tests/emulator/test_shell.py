@@ -209,10 +209,10 @@ def test_persistent_kernels_see_the_devices_multiprocessors():
 
 
 def test_a_device_leaves_the_process_as_it_was(tmp_path, monkeypatch, x):
-    monkeypatch.chdir(tmp_path)
     from cutlass.base_dsl.compiler import KeepPTX
 
     settings = cute._dsl.CuTeDSL._get_dsl().envar
+    monkeypatch.setattr(settings, "dump_dir", str(tmp_path))
 
     def state() -> dict:
         return {
