@@ -112,6 +112,17 @@ def test_a_waiting_warp_sees_what_was_written_before_the_arrival(run):
     assert start(run, body, words=32, block=64) == list(range(32))
 
 
+@IN_EVERY_ORDER
+def test_a_loop_that_polls_sees_an_asynchronous_copy_complete(run):
+    body = init(1) + """
+    add.u32 %r3, %r2, 128; @%p0 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 32;
+    @%p0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r3], [%d0], 32, [%r1];
+    POLL: mbarrier.test_wait.parity.shared.b64 %p1, [%r1], 0; @!%p1 bra POLL;
+    ld.shared.b32 %r4, [%r3]; add.u32 %r4, %r4, 6; @%p0 st.global.b32 [%d0+4], %r4;
+    """
+    assert start(run, body)[1] == 6
+
+
 def test_a_try_wait_that_nothing_can_satisfy_returns_false(run):
     body = init(1) + "mbarrier.try_wait.parity.shared.b64 %p1, [%r1], 0; selp.b32 %r3, 7, 9, %p1; @%p0 st.global.b32 [%d0], %r3;"
     assert start(run, body)[0] == 9

@@ -230,6 +230,10 @@ class Resident {  // a cluster and the memory that it runs in
       }
       if (cluster.events != last_event) { last_event = cluster.events; quiet = 0; }
       quiet += done;
+      if (quiet > 20000 && !cluster.pending.empty()) {  // warps poll for what only time can bring
+        complete_youngest(cluster);
+        quiet = 0;
+      }
       if (quiet > 400000) return false;
     }
     while (!cluster.pending.empty()) complete_youngest(cluster);
