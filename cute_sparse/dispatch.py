@@ -414,7 +414,7 @@ def warmup(
     device          compile for this CUDA device, and load (before a CUDA graph is captured, this must have been
                     done); None: the current one
     arch            compile for "sm_90a", "sm_100a" or "sm_103a" into the disk cache alone, on a machine with any GPU
-                    or none
+                    or none (but with the same CPU: the host part is native code)
     """
     if dtype not in inputs.DTYPE_NAMES:
         raise NotImplementedError(f"{dtype=} is not supported; supported are {', '.join(map(str, inputs.DTYPE_NAMES))}")
@@ -438,6 +438,8 @@ def warmup(
         config, compile = _chosen_prefill(problem, arch)
         compiled.compile_to_disk(problem, config, arch, compile)
         return
+    if device is None and not torch.cuda.is_available():
+        raise RuntimeError(f"there is no CUDA device; to compile ahead for one, give arch= ({', '.join(ROOM_OF_ARCH)})")
     target = _target(torch.device("cuda" if device is None else device))
     if target is None:
         raise ValueError(f"{device=} runs the reference, which is not compiled; give a CUDA device or arch=")

@@ -343,7 +343,10 @@ def test_every_declared_head_dim_and_the_rest_has_a_config(arch):
 # ---- Devices ----
 
 
-def test_warmup_says_what_is_wrong():
+def test_warmup_says_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no CUDA device; .*arch= .sm_90a"):
+        cute_sparse.warmup()
     with pytest.raises(ValueError, match="sm_80.*sm_90a"):
         cute_sparse.warmup(arch="sm_80")
     with pytest.raises(ValueError, match="not both"):
