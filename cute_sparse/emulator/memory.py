@@ -105,7 +105,7 @@ class Registry:
         if known.storage.expired():
             return False
         storage = torch.UntypedStorage._new_with_weak_ptr(known.storage.cdata)
-        return storage is not None and storage.data_ptr() == address and storage.nbytes() == known.size_bytes
+        return storage is not None and storage.data_ptr() == address
 
 
 def describe(tensor: torch.Tensor) -> str:

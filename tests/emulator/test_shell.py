@@ -67,6 +67,7 @@ def run_python(code: str, *, check: bool = True, **environment: str) -> subproce
 
 def test_a_plain_function_runs_on_cpu_tensors_and_is_recorded(device, x):
     y = torch.zeros_like(x)
+    assert from_dlpack(x).memspace == cute.AddressSpace.gmem
     compiled = compile_scale(x)
     compiled(from_dlpack(x), from_dlpack(y), 3.0)
     assert torch.equal(y, x * 3)
