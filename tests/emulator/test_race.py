@@ -200,6 +200,16 @@ def test_a_flag_without_release_or_acquire_is_a_race(run, sync, release, acquire
         start(run, body, grid=clusters, block=64 // clusters)
 
 
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_a_fence_releases_only_what_came_before_it(run, clusters):
+    flag = ("st.relaxed.gpu.global.b32 [%d0], %r9", "ld.acquire.gpu.global.b32 %r6, [%d0]")
+    body = "fence.acq_rel.gpu;" + FLAG.format(sync="", release=flag[0], acquire=flag[1], after="")
+    if clusters == 2:
+        body = "mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r2, 0;" + body
+    with pytest.raises(RACE):
+        start(run, body, grid=clusters, block=64 // clusters)
+
+
 def test_two_clusters_that_write_the_same_word_race(run):
     with pytest.raises(RACE, match="of cluster [01]"):
         start(run, "st.global.b32 [%d2], %r0;", grid=2, block=32)
