@@ -158,6 +158,17 @@ def test_prefetch_checks_its_operands(eager):
         eager(prefetch.format(272), [x, 0])
 
 
+def test_shared_cta_destination_must_be_ones_own(eager):
+    body = f"""
+    {CLUSTER_BARRIER}
+    mapa.shared::cluster.u32 %r20, %r1, 1;
+    mapa.shared::cluster.u32 %r21, %r0, 1;
+    @%p0 cp.async.bulk.shared::cta.global.{COMPLETE} [%r20], [%d0], 64, [%r21];
+    """
+    with pytest.raises(errors.InvalidOperand, match="CTA 1"):
+        eager(body, [random_bytes(64), 0], grid=2, cluster=2)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Between CTAs
 
@@ -278,21 +289,22 @@ def test_reductions(kernel, type_, dtype):
 
 
 def test_reductions_of_many_ctas_into_one_place():
-    """Two host threads, eight CTAs with 2000 reductions each: no update is lost."""
-    x, out = torch.arange(64, dtype=torch.float32), torch.zeros(64)
+    """Two host threads, eight CTAs that reduce into the same words for about a second: no update is lost."""
+    times = 100_000
+    x, out = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     body = f"""
     {fill(256)}
     mov.u32 %r20, 0;
     AGAIN:
-    @%p0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%d1], [%r1], 256;
+    @%p0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [%d1], [%r1], 256;
     add.u32 %r20, %r20, 1;
-    setp.lt.u32 %p5, %r20, 2000;
+    setp.lt.u32 %p5, %r20, {times};
     @%p5 bra AGAIN;
     {COMMIT_AND_WAIT}
     """
     with emulator.device("sm_90a", sms=8, threads=2, checks=False) as device:
         Kernel(device, "sm_90a")(body, [bytes_of(x), out], grid=8)
-    assert torch.equal(out, 8 * 2000 * x)
+    assert torch.equal(out, 8 * times * x)
 
 
 @pytest.mark.parametrize(
