@@ -37,13 +37,15 @@ EXP_PER_CYCLE = 16
 ISSUE_PER_CYCLE = 4
 ISSUES_PER_SCORE = 5.0  # max, multiply-add, exponential, sum, half a conversion: instructions per 32 scores
 STEP_CYCLES = 120  # per KV tile: barriers, first latency of a wgmma (an estimate, not yet measured)
+SHARED_Q_CYCLES = 1000  # per work tile: out in Q's memory delays the next Q by the store (an estimate, likewise)
 TYPICAL_SEQLEN = 8192
 
 L2_BYTES = 32 << 20  # of 50 (H100) or 60 MB (H200), what the K and V of a group of heads may take
 DYNAMIC_CTAS = 132  # SMs of an H100 SXM or H200; with fewer SMs the later CTAs find the work done
 HOLD_V_AFTER = 2  # a guess: a wrong one costs a kept tile its V's latency, a right one saves V's bytes
 
-MIN_TILE_N, TILE_N_MAX = 64, 176
+MIN_TILE_N = {2: 64, 3: 96}  # by consumer warpgroups
+TILE_N_MAX = 176
 BOUNDED_TILE_N_MAX = 128  # of a wider tile, a mask hides more, and a threshold skips it less often
 WIDE_HEAD_TILE_N_MAX = 80  # head_dim_v above 192: at 96, ptxas 13.0 spills
 
@@ -119,7 +121,7 @@ def candidates(problem: Problem) -> list[Config]:
         widest = WIDE_HEAD_TILE_N_MAX
     found = []
     for warpgroups in REGISTERS:
-        for tile_n in range(widest, MIN_TILE_N - 1, -16):
+        for tile_n in range(widest, MIN_TILE_N[warpgroups] - 1, -16):
             rooms = [Config(warpgroups, tile_n, out_aliases_q=shares) for shares in (False, True)]
             if problem.sparsity:
                 rooms = [replace(room, k_stages=3, hold_v_after=HOLD_V_AFTER) for room in rooms] + rooms
@@ -140,7 +142,7 @@ def cost(problem: Problem, config: Config) -> float:
     """Estimated SM cycles per visible score of a typical sequence; lower is better.
 
     A KV tile takes as long as the busiest of the MMA, the exponential units and the issue slots, and a fixed
-    step; a bounded mask adds the part of its boundary tiles that nobody sees.
+    step; a bounded mask adds the part of its boundary tiles that nobody sees; a work tile may wait for its Q.
     """
     scores = config.tile_m * config.tile_n
     mma = 2 * scores * (padded(problem.head_dim) + padded(problem.head_dim_v)) / MMA_FLOP_PER_CYCLE
@@ -148,7 +150,8 @@ def cost(problem: Problem, config: Config) -> float:
     cycles = max(mma, scores / EXP_PER_CYCLE, issue) + STEP_CYCLES
     wasted_keys = 0 if problem.mask == "full" else (config.tile_m + config.tile_n) / 2
     visible_keys = TYPICAL_SEQLEN if problem.mask == "full" else TYPICAL_SEQLEN / 2
-    return cycles / scores * (visible_keys + wasted_keys) / visible_keys
+    waiting = SHARED_Q_CYCLES if config.out_aliases_q else 0
+    return cycles / scores * (visible_keys + wasted_keys) / visible_keys + waiting / (config.tile_m * visible_keys)
 
 
 def choose(problem: Problem) -> Config:

@@ -682,7 +682,7 @@ class HopperPrefill:
         """
         tanh_scale = consumer.operands.scale.tanh_scale
         if const_expr(tanh_scale is not None):
-            for i in cutlass.range_constexpr(cute.size(acc_S)):
+            for i in cutlass.range(cute.size(acc_S), unroll_full=True):
                 acc_S[i] = tanh(acc_S[i] * tanh_scale)
         if const_expr(may_hide):
             whole = consumer.work.band.whole(self._first_row(consumer), WARPGROUP_ROWS)
