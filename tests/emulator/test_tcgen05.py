@@ -309,6 +309,12 @@ def test_overwriting_the_source_of_a_store_in_flight():
         launch(body, nothing(), nothing())
 
 
+def test_loading_into_the_source_of_a_store_in_flight():
+    body = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r6], {%v0};\ntcgen05.ld.sync.aligned.32x32b.x1.b32 {%v0}, [%r6+8];\n"
+    with pytest.raises(errors.InFlightAccess):
+        launch(fill_tensor(32) + body, nothing(), nothing())
+
+
 def test_storing_an_unwritten_register():
     with pytest.raises(errors.Uninitialised):
         launch("tcgen05.st.sync.aligned.32x32b.x1.b32 [%r6], {%v0};\n", nothing(), nothing())
@@ -480,9 +486,22 @@ def matrix(kind: Kind, rows: int, seed: int, k: int | None = None) -> torch.Tens
     return torch.randint(low, 5, (rows, k or kind.k), generator=generator).to(torch.float32).to(kind.dtype)
 
 
-SWIZZLES = {  # type in bits 61..63 of the descriptor, bytes of a swizzled row, bits that are exchanged
-    "none": (0, 16, 0), "32": (6, 32, 0x10), "64": (4, 64, 0x30), "128": (2, 128, 0x70)
+@dataclass(frozen=True)
+class Swizzle:
+    """code: bits 61..63 of the descriptor. width: bytes of a swizzled row. Bits `exchanged` of an address are XORed with
+    those `shift` above them. rows: of a group."""
+
+    code: int
+    width: int
+    exchanged: int
+    shift: int = 3
+    rows: int = 8
+
+
+SWIZZLES = {
+    "none": Swizzle(0, 16, 0), "32": Swizzle(6, 32, 0x10), "64": Swizzle(4, 64, 0x30), "128": Swizzle(2, 128, 0x70)
 }  # fmt: skip
+SWIZZLE_OF_32_BYTE_ATOMS = Swizzle(1, 128, 0x60, shift=2, rows=4)  # MN-major 32-bit elements
 
 
 @dataclass(frozen=True)
@@ -496,7 +515,8 @@ class Placed:
 
 def place(values: torch.Tensor, swizzle: str, mn_major: bool, start: int) -> Placed:
     """A rows x k matrix in the canonical layout (PTX ISA, "Canonical layouts"), `start` bytes into the image."""
-    code, width, exchanged = SWIZZLES[swizzle]
+    pattern = SWIZZLES.get(swizzle, SWIZZLE_OF_32_BYTE_ATOMS)
+    width = pattern.width
     size = values.element_size()
     rows, k = values.shape
     raw = values.contiguous().view(torch.uint8).reshape(rows, k, size)
@@ -513,9 +533,9 @@ def place(values: torch.Tensor, swizzle: str, mn_major: bool, start: int) -> Pla
         items = ((row, byte, raw[row].flatten()[byte]) for row in range(rows) for byte in range(k * size))
         total = leading * (k * size // 16) if swizzle == "none" else rows * row_bytes
     else:
-        per_row = width // size  # elements of a row, which runs along rows of the matrix; eight k are a group
-        atoms, groups = -(-rows // per_row), k // 8
-        group_bytes = 8 * width
+        per_row = width // size  # elements of a row, which runs along rows of the matrix; eight (four) k are a group
+        atoms, groups = -(-rows // per_row), k // pattern.rows
+        group_bytes = pattern.rows * width
         atom_stride, group_stride = groups * group_bytes, group_bytes
         leading, stride = (group_stride, atom_stride) if swizzle == "none" else (atom_stride, group_stride)
 
@@ -523,7 +543,8 @@ def place(values: torch.Tensor, swizzle: str, mn_major: bool, start: int) -> Pla
             column, within = byte // size, byte % size
             atom, element = row // per_row, row % per_row
             return (
-                atom * atom_stride + column // 8 * group_stride + column % 8 * width + element * size + within
+                atom * atom_stride + column // pattern.rows * group_stride + column % pattern.rows * width
+                + element * size + within
             )
 
         items = ((row, byte, raw[row].flatten()[byte]) for row in range(rows) for byte in range(k * size))
@@ -531,8 +552,8 @@ def place(values: torch.Tensor, swizzle: str, mn_major: bool, start: int) -> Pla
     data = {}
     for row, byte, value in items:
         address = base + offset(row, byte)
-        data[(address ^ (address >> 3 & exchanged)) - base + start] = int(value)
-    descriptor = base >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1 << 46 | code << 61
+        data[(address ^ (address >> pattern.shift & pattern.exchanged)) - base + start] = int(value)
+    descriptor = base >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1 << 46 | pattern.code << 61
     return Placed(data, descriptor, total)
 
 
@@ -704,6 +725,19 @@ def test_integer_overflow(saturate):
     launch(fill + copy_image(image.numel()) + body + COMMIT + WAIT + read_tensor(32), image, out)
     total = start + 32 * 100 * 100
     assert (out == (2**31 - 1 if saturate else total - 2**32)).all()
+
+
+def test_mn_major_operands_of_32_bits():
+    swizzle = "128 of 32-byte atoms"
+    kind, m, n = KINDS["tf32"], 128, 64
+    a, b = matrix(kind, m, 11), matrix(kind, n, 12)
+    placed_a, placed_b = place(a, swizzle, True, 0), place(b, swizzle, True, 8192)
+    image = image_of(placed_a, placed_b)
+    descriptor = instruction_descriptor(kind, m, n, a_mn_major=True, b_mn_major=True)
+    body = shared_a(placed_a.descriptor) + multiply_body(kind, "%d5", placed_b.descriptor, descriptor)
+    out = torch.zeros(128, n, dtype=torch.int32)
+    launch(copy_image(image.numel()) + body + COMMIT + WAIT + read_tensor(n), image, out)
+    assert torch.equal(out.view(torch.float32), product(a, b))
 
 
 def a_in_tensor(case: Case) -> str:

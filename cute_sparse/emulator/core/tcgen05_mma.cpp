@@ -320,6 +320,7 @@ void check_output_lanes(Warp& warp, const Instr& i) {
       warp.fail(ErrorKind::invalid_operand, "disable-output-lane masks other than 0 are not supported");
 }
 
+// Issued once, however many lanes execute it: SASS takes the operands from uniform registers.
 Step exec_mma(Warp& warp, const Instr& i) {
   auto op = std::make_unique<MmaOp>();
   op->mma = *static_cast<const Mma*>(i.detail);

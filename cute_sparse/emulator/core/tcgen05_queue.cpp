@@ -37,6 +37,7 @@ std::vector<uint32_t> target_barriers(Warp& warp, uint32_t address, const Commit
   return barriers;
 }
 
+// Arrives once, however many lanes execute it, as tcgen05.mma multiplies once.
 Step exec_commit(Warp& warp, const Instr& i) {
   const Commit& commit = *static_cast<const Commit*>(i.detail);
   const CtaGroup group = cta_group(warp, commit.cta_group);
