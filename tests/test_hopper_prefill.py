@@ -189,6 +189,7 @@ def test_a_config_too_large_for_an_sm_is_refused():
         hopper_prefill.compile(problem, hopper_config.Config(2, 128))
 
 
-def test_v_is_not_held_back_without_a_third_slot_for_k():
-    with pytest.raises(ValueError, match="needs three K slots"):
-        hopper_config.Config(2, 128, k_stages=2, hold_v_after=2)
+@pytest.mark.parametrize("slots", [dict(k_stages=2), dict(k_stages=3, v_stages=3)])
+def test_v_is_held_back_only_with_three_slots_for_k_and_two_for_v(slots):
+    with pytest.raises(ValueError, match="needs three K slots and two V slots"):
+        hopper_config.Config(2, 128, hold_v_after=2, **slots)

@@ -59,7 +59,8 @@ class Config:
     out_aliases_q  out is staged in Q's shared memory, for want of room: the next Q waits for the store
     ctas        CTAs that claim work tiles dynamically; 0 gives every CTA one work tile
     hold_v_after  after so many KV tiles in a row that every warpgroup skipped, V is loaded only once a warpgroup has
-                voted to keep its tile; 0: V is always loaded. Needs three K slots (see `prefill.HopperPrefill`)
+                voted to keep its tile; 0: V is always loaded. Needs three K slots and two V slots
+                (see `prefill.HopperPrefill`)
     """
 
     warpgroups: int
@@ -72,8 +73,9 @@ class Config:
     hold_v_after: int = 0
 
     def __post_init__(self) -> None:
-        if self.hold_v_after and self.k_stages < 3:
-            raise ValueError(f"{self.hold_v_after=} needs three K slots, not {self.k_stages=}")
+        if self.hold_v_after and (self.k_stages < 3 or self.v_stages != 2):
+            slots = f"{self.k_stages=} {self.v_stages=}"
+            raise ValueError(f"{self.hold_v_after=} needs three K slots and two V slots, not {slots}")
 
     @property
     def tile_m(self) -> int:

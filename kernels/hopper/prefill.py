@@ -69,7 +69,7 @@ SKIP_MAP_KEPT, SKIP_MAP_SKIPPED = 1, 2
 class NamedBarrier(IntEnum):
     """Hardware barriers of the CTA; 0 is the whole CTA's. Each name is the first of one per warpgroup."""
 
-    TURN = 1  # ping-pong: it is this warpgroup's turn to issue MMAs (both warpgroups' threads)
+    TURN = 1  # ping-pong: it is this warpgroup's turn to issue MMAs (its threads, and those of the one before)
     VOTE = 4  # the warpgroup's threads vote on a tile
     OUT = 7  # the warpgroup's threads have written out to shared memory, or may now write it
 
@@ -429,9 +429,9 @@ class HopperPrefill:
     def _v_is_wanted(self, shared: Shared, nth, vote: Cursor, skipped_in_a_row):
         """Whether to load V of the nth tile of a work tile (`vote` is its slot), and the run of skipped ones so far.
 
-        The slot for V is empty, so with two V slots every warpgroup is done with the tile two before, which it released
-        after its vote on the tile before: that one can be read without waiting. Its slot is safe until this V is full,
-        as no warpgroup gets past the tile after this one before that.
+        The slot for V is empty, so, with two V slots, every warpgroup is done with V of the tile two before, which it
+        released after its vote on the tile before: that vote can be read without waiting. Its slot is written next for
+        the tile two after this one, which no warpgroup reaches before this V's slot is full.
         """
         wanted = Boolean(True)
         if nth >= self.v_stages:
