@@ -423,26 +423,6 @@ def test_integer_reductions(eager, op):
     assert launch.counts.tma_bytes_reduced == 1024 and launch.counts.tma_bytes_stored == 0
 
 
-def test_reductions_of_many_ctas_into_one_place():
-    """Two host threads, eight CTAs that reduce into the same words for about a second: no update is lost."""
-    times = 100_000
-    x, tile = torch.zeros(2, 32, dtype=torch.int32), torch.arange(64, dtype=torch.int32)
-    body = f"""
-    {fill(256)}
-    mov.u32 %r20, 0;
-    AGAIN:
-    {store([0, 0], REDUCE % "add")}
-    add.u32 %r20, %r20, 1;
-    setp.lt.u32 %p5, %r20, {times};
-    @%p5 bra AGAIN;
-    {COMMIT_AND_WAIT}
-    """
-    with emulator.device("sm_90a", sms=8, threads=2, checks=False) as device:
-        arguments = [tensor_map(x, [32, 2]), 0, bytes_of(tile)]
-        Kernel(device, "sm_90a")(body, arguments, parameters=PARAMETERS + ", .param .u64 source", grid=8)
-    assert torch.equal(x.flatten(), 8 * times * tile)
-
-
 def test_signed_min_is_signed(eager):
     x, tile = (torch.randint(-9, 9, (8, 32), dtype=torch.int32) for _ in range(2))
     expected = torch.minimum(x, tile)
