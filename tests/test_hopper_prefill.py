@@ -66,6 +66,20 @@ def test_work_tiles_without_keys_between_others(name, out_aliases_q, configured)
     check(case, inputs, got)
 
 
+def test_of_a_packed_batch_only_blocks_with_rows_are_claimed(configured):
+    configured(ctas=2)
+    case = Case(lengths_q=(640, 0, 5, 130, 0), lengths_k=(640, 7, 5, 130, 0), packed=True, causal=True)
+    inputs = make_inputs(case)
+    with cute_sparse.emulated(ARCH, order="random", seed=4) as device:
+        got = call(case, inputs, return_lse=True, return_stats=True)
+        counts = device.launches[0].counts
+    check(case, inputs, got)
+    tile_m = got.stats.geometry.tile_m
+    tiles = case.heads_q * sum(-(-length // tile_m) for length in case.lengths_q)
+    atomics = sum(number for opcode, number in counts.executed.items() if opcode.startswith("atom."))
+    assert atomics == tiles + 2  # one claim with each tile, and each CTA's farewell
+
+
 def run_counted(case: Case, **more):
     """(result, counts of the launch)."""
     inputs = make_inputs(case)

@@ -27,14 +27,25 @@ class WorkTile(NamedTuple):
     batch_idx: Any
 
 
+class Position(NamedTuple):
+    """A sequence of a packed batch, and the number of its first work tile."""
+
+    batch_idx: Any
+    first_number: Any
+
+
 @dataclass(frozen=True)
 class TileOrder:
-    """A numbering of the work tiles of a batch, from 0 to `total`.
+    """A numbering of the work tiles of a batch, from 0 on.
 
     Heads (of all sequences, one after the other) go in groups of `heads_per_group`, whose K and V should fit
     the L2 cache together; within a group, each block of rows visits all its heads before the next block.
     `longest_first` takes the last rows first: under a causal mask they have the most keys, and short tiles at
     the end leave the least idle.
+
+    A packed batch may be numbered as if every sequence had `m_blocks` blocks; then those past a sequence's end
+    have no rows. Given `cu_seqlens_q` and the rows of a block, one that claims rising numbers can instead number
+    only the blocks that exist, one sequence after the other (`seek`).
     """
 
     m_blocks: Any
@@ -42,23 +53,60 @@ class TileOrder:
     batch: Any
     heads_per_group: Any
     longest_first: cutlass.Constexpr[bool]
+    cu_seqlens_q: Any = None
+    block_rows: cutlass.Constexpr[int] = 0
 
     @property
     def total(self):
+        """The number of work tiles; of a packed batch, no fewer than exist."""
         return self.m_blocks * self.heads * self.batch
 
     def tile(self, number) -> WorkTile:
         """The work tile of a number in [0, total)."""
-        group_tiles = self.heads_per_group * self.m_blocks
+        m_block, head = self._in_groups(number, self.m_blocks, self.heads * self.batch)
+        batch_idx = _divided(head, self.heads)
+        return WorkTile(m_block, head - batch_idx * self.heads, batch_idx)
+
+    def start(self) -> Position:
+        return Position(Int32(0), Int32(0))
+
+    @cute.jit
+    def seek(self, number: Int32, position: Position):
+        """The sequence that holds the work tile `number`, at `position` or behind it; `batch` if there is none."""
+        batch_idx, first_number = position
+        searching = batch_idx < self.batch
+        while searching:
+            after = first_number + self._blocks(batch_idx) * self.heads
+            searching = after <= number
+            if searching:
+                first_number = after
+                batch_idx += 1
+                searching = batch_idx < self.batch
+        return Position(batch_idx, first_number)
+
+    def found(self, number, position: Position):
+        """The work tile of a number, and whether there is one; in a packed batch `position` is what `seek` gave."""
+        if const_expr(self.cu_seqlens_q is None):
+            return self.tile(number), number < self.total
+        batch_idx = cutlass.min(position.batch_idx, self.batch - 1)
+        blocks = cutlass.max(self._blocks(batch_idx), 1)
+        m_block, head = self._in_groups(number - position.first_number, blocks, self.heads)
+        return WorkTile(m_block, head, batch_idx), position.batch_idx < self.batch
+
+    def _blocks(self, batch_idx):
+        rows = self.cu_seqlens_q[batch_idx + 1] - self.cu_seqlens_q[batch_idx]
+        return (rows + (self.block_rows - 1)) // self.block_rows
+
+    def _in_groups(self, number, m_blocks, all_heads):
+        """(m_block, head) of a number among m_blocks * all_heads."""
+        group_tiles = self.heads_per_group * m_blocks
         group = _divided(number, group_tiles)
         in_group = number - group * group_tiles
         first_head = group * self.heads_per_group
-        heads = cutlass.min(self.heads_per_group, self.heads * self.batch - first_head)
+        heads = cutlass.min(self.heads_per_group, all_heads - first_head)
         block = _divided(in_group, heads)
-        head = first_head + (in_group - block * heads)
-        batch_idx = _divided(head, self.heads)
-        m_block = self.m_blocks - 1 - block if const_expr(self.longest_first) else block
-        return WorkTile(m_block, head - batch_idx * self.heads, batch_idx)
+        m_block = m_blocks - 1 - block if const_expr(self.longest_first) else block
+        return m_block, first_head + (in_group - block * heads)
 
 
 def _divided(numerator, denominator) -> Int32:
@@ -73,10 +121,15 @@ def heads_in_cache(cache_bytes: int, kv_bytes_per_token: int, seqlen_k, group):
 
 
 class Claim(NamedTuple):
-    """What a role of `DynamicTiles` remembers: its slot, and (in the producer's lane 0) the number claimed ahead."""
+    """What a role of `DynamicTiles` remembers: its slot, and (the producer) what it claimed ahead.
+
+    number    of the next work tile, in lane 0
+    position  where the last work tile's sequence lies in a packed batch
+    """
 
     cursor: Cursor
     number: Any
+    position: Position
 
 
 @dataclass(frozen=True)
@@ -94,7 +147,7 @@ class OneTile:
         number, _, _ = cute.arch.block_idx()
         tile = self.order.tile(number)
         m_block = cutlass.select_(number < self.order.total, tile.m_block, Int32(NO_TILE))
-        return WorkTile(m_block, tile.head_idx, tile.batch_idx), Claim(consumer_cursor(), Int32(0))
+        return WorkTile(m_block, tile.head_idx, tile.batch_idx), Claim(consumer_cursor(), Int32(0), self.order.start())
 
     def first_for_producer(self):
         return self.first()
@@ -128,7 +181,7 @@ class DynamicTiles:
     @cute.jit
     def first_for_producer(self):
         number, _, _ = cute.arch.block_idx()
-        return self._publish(Claim(producer_cursor(), number))
+        return self._publish(Claim(producer_cursor(), number, self.order.start()))
 
     @cute.jit
     def next_for_producer(self, tile: WorkTile, claim: Claim):
@@ -138,8 +191,10 @@ class DynamicTiles:
     def _publish(self, claim: Claim):
         """Publish the tile claimed before, and claim the next: its number arrives while this tile is loaded."""
         number = cute.arch.shuffle_sync(claim.number, 0)
-        tile = self.order.tile(number)
-        has_tile = number < self.order.total
+        position = claim.position
+        if const_expr(self.order.cu_seqlens_q is not None):
+            position = self.order.seek(number, position)
+        tile, has_tile = self.order.found(number, position)
         m_block = cutlass.select_(has_tile, tile.m_block, Int32(NO_TILE))
         tile = WorkTile(m_block, tile.head_idx, tile.batch_idx)
         self.ring.acquire(claim.cursor)
@@ -153,7 +208,7 @@ class DynamicTiles:
                 claimed = ctas + cute.arch.atomic_add(self.counter.iterator, Int32(1), sem="relaxed", scope="gpu")
             else:
                 self._retire()
-        return tile, Claim(self.ring.advanced(claim.cursor), claimed)
+        return tile, Claim(self.ring.advanced(claim.cursor), claimed, position)
 
     @cute.jit
     def _retire(self):
@@ -166,7 +221,7 @@ class DynamicTiles:
 
     @cute.jit
     def first(self):
-        return self._read(Claim(consumer_cursor(), Int32(0)))
+        return self._read(Claim(consumer_cursor(), Int32(0), self.order.start()))
 
     @cute.jit
     def next(self, tile: WorkTile, claim: Claim):
@@ -179,4 +234,4 @@ class DynamicTiles:
         tile = WorkTile(*(cute.arch.make_warp_uniform(word) for word in words))
         cute.arch.sync_warp()
         self.ring.release(claim.cursor)
-        return tile, Claim(self.ring.advanced(claim.cursor), claim.number)
+        return tile, Claim(self.ring.advanced(claim.cursor), claim.number, claim.position)

@@ -252,6 +252,8 @@ class HopperPrefill:
             batch=operands.batch,
             heads_per_group=heads if const_expr(longest_first) else Int32(1),
             longest_first=longest_first,
+            cu_seqlens_q=operands.lengths.cu_seqlens_q,
+            block_rows=self.tile_m,
         )
 
     def _load_atom(self, tokens: TokenTensor, smem_layout) -> TmaTokens:
@@ -385,7 +387,7 @@ class HopperPrefill:
             tile, claim = schedule.next_for_producer(tile, claim)
 
     def _has_rows(self, work: Work):
-        """False for blocks of a packed batch that lie past the end of a shorter sequence."""
+        """False for blocks of a packed batch past the end of a shorter sequence, which `OneTile` gives out, too."""
         return work.tile.m_block * self.tile_m < work.span_q.length
 
     @cute.jit
