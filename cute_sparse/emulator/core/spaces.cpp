@@ -289,7 +289,13 @@ Clock release(Warp& warp) {
   return published;
 }
 
-void acquire(Warp& warp, const Clock& clock) { warp.clock.join(clock); }
+// Where all lanes learn from a barrier to which they have arrived themselves, each learns of the others' accesses.
+void acquire(Warp& warp, const Clock& clock) {
+  warp.clock.join(clock);
+  if ((warp.mask & warp.live) != warp.live) return;
+  warp.order.converged = std::max(warp.order.converged, clock.at(warp.actor));
+  for (LanesWaited& w : warp.order.waited) w.converged = std::max(w.converged, clock.at(w.actor));
+}
 
 void converge(Warp& warp) {
   warp.order.converged = warp.clock.at(warp.actor);
