@@ -153,7 +153,7 @@ def checked_error(shape: Shape, q, k, v, out: torch.Tensor, kept: KeptTiles | No
 
 LAMBDA_MIN = 1e-30  # skips only what no row of a group sees
 SPARSITY_TOLERANCE = 0.01
-SEARCH_STEPS = 24
+SEARCH_RESOLUTION = 0.01  # of ln(lambda)
 
 
 class Unreachable(ValueError):
@@ -173,9 +173,7 @@ def search_threshold(sparsity: Callable[[float], float], target: float) -> tuple
     if not least < target <= most + SPARSITY_TOLERANCE:
         raise Unreachable(f"a sparsity of {target} is out of reach: lambda up to 1 gives {least:.3f} to {most:.3f}")
     best = (1.0, most)
-    for _ in range(SEARCH_STEPS):
-        if abs(best[1] - target) <= SPARSITY_TOLERANCE / 4:
-            break
+    while high - low > SEARCH_RESOLUTION and abs(best[1] - target) > SPARSITY_TOLERANCE / 4:
         middle = (low + high) / 2
         found = sparsity(math.exp(middle))
         if abs(found - target) < abs(best[1] - target):

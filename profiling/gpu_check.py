@@ -89,7 +89,7 @@ def sanitizer(python: str, case: str) -> Step:
     """PyTorch's allocator would hide what lies beyond a tensor: without its cache, each is an allocation of its own."""
     command = (
         "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
-        python, "-m", "profiling.bench", "prefill", "--case", case, "--peers", "", "--sparsity", "0.5",
+        python, "-m", "profiling.bench", "prefill", "--case", case, "--peers", "", "--sparsity", "0.25",
         "--out", "{scratch}",
     )  # fmt: skip
     environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), (bench.timing.PROFILED_VARIABLE, "1"))
