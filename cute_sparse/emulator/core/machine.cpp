@@ -87,11 +87,13 @@ void mark_writes(Warp& w, const Instr& i, uint32_t mask) {
 // mov hands on what it is given: lanes that were never written stay so.
 void move_state(Warp& w, const Instr& i, uint32_t mask) {
   const uint32_t* reads = w.program->slot_lists.data() + i.reads;
-  uint32_t written = mask;
+  // A pair packed of a written and an unwritten register counts as written: compilers pack such pairs and look at the
+  // one half only.
+  uint32_t written = i.n_reads ? 0 : mask;
   uint64_t epoch = i.n_reads ? 0 : w.fence_epoch;
   for (uint32_t k = 0; k < i.n_reads; ++k) {
     if (w.state[reads[k]] & (ASYNC_WRITE | LOAD_PENDING | RETIRED)) resolve_unready(w, reads[k]);
-    written &= uint32_t(w.state[reads[k]] & WRITTEN);
+    written |= mask & uint32_t(w.state[reads[k]] & WRITTEN);
     epoch = std::max(epoch, w.state[reads[k]] >> EPOCH_SHIFT);
   }
   mark_writes(w, i, mask);
