@@ -29,11 +29,13 @@ SCHEDULES = (("eager", 0), ("late", 0), *(("random", seed) for seed in range(4))
 # Statements whose only effect is order. A removed wait is one that succeeds at once; the rest vanish.
 WAITS = re.compile(r"mbarrier\.(try_wait|test_wait)\b")
 REMOVED = re.compile(
-    r"mbarrier\.arrive\b|mbarrier\.expect_tx\b|bar\.|barrier\.(sync|arrive|cluster)|barrier\.cta\.(sync|arrive)|fence\b|membar\b"
-    r"|wgmma\.(fence|commit_group|wait_group)|tcgen05\.(commit|wait|fence)"
+    r"mbarrier\.(arrive|expect_tx)\b|bar\.|barrier\.(sync|arrive|cluster)|barrier\.cta\.(sync|arrive)"
+    r"|fence\b|membar\b|wgmma\.(fence|commit_group|wait_group)|tcgen05\.(commit|wait|fence)"
     r"|cp\.async\.(commit_group|wait_group|wait_all|bulk\.commit_group|bulk\.wait_group|mbarrier)"
 )
-STATEMENT = re.compile(r"^(?P<indent>\s*)(?P<guard>@!?\S+\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>[^;]*);(?P<rest>.*)$")
+STATEMENT = re.compile(
+    r"^(?P<indent>\s*)(?P<guard>@!?\S+\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>[^;]*);(?P<rest>.*)$"
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Survey:
         return len(self.noticed) / self.total if self.total else 1.0
 
     def __str__(self) -> str:
-        lines = [f"{self.kernel}: {len(self.noticed)} of {self.total} removals noticed ({self.share:.1%}), {len(self.idle)} idle"]
+        noticed = f"{len(self.noticed)} of {self.total} removals noticed ({self.share:.1%})"
+        lines = [f"{self.kernel}: {noticed}, {len(self.idle)} idle"]
         ways = Counter(self.noticed.values())
         lines += [f"  {count:4} {way}" for way, count in ways.most_common()]
         lines += [f"  idle: line {m.line} (executed {m.times} times): {m.text}" for m in self.idle]
@@ -102,9 +105,11 @@ def mutations(ptx: str, reached: Mapping[int, int]) -> Iterator[tuple[Mutation, 
 def survey(device: Device, schedules: Sequence[tuple[str, int]] = SCHEDULES) -> Survey:
     """Surveys the device's last launch, which must have been recorded (`device.core.record(True)` before it).
 
-    Raises EmulatorError if the unmodified kernel does not pass every schedule with the same memory: a survey of a
-    kernel that is wrong, or whose result depends on the order, says nothing.
+    The launch's tensors, its results too, must still be alive. Raises EmulatorError if they are not, and if the
+    unmodified kernel does not pass every schedule with the same memory: a survey of a kernel that is wrong, or whose
+    result depends on the order, says nothing.
     """
+    device.memory.sweep()
     core, launch = device.core, device.launches[-1]
     ptx = core.recorded_ptx()
     for order, seed in schedules:

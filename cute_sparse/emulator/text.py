@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from cute_sparse.emulator.counts import Launch
     from cute_sparse.emulator.devices import Device
 

@@ -44,6 +44,14 @@ bool memory_matches(const Recording& recording) {
   return true;
 }
 
+// Writing to memory that has gone back to the allocator would corrupt the process.
+void check_alive(const Device& device, const Recording& recording) {
+  for (const auto& range : recording.memory)
+    if (!device.memory.find(range.address, range.before.size()))
+      throw EmulatorError(ErrorKind::bad_launch,
+                          "a tensor of the recorded launch has been freed: keep all of them until the replay is done");
+}
+
 struct Restored {  // the memory as the recorded launch left it, and the device's limit, whatever happens
   Device& device;
   const Recording& recording;
@@ -57,6 +65,7 @@ struct Restored {  // the memory as the recorded launch left it, and the device'
 }  // namespace
 
 Replayed replay(Device& device, const Recording& recording, const std::string& ptx) {
+  check_alive(device, recording);
   const auto module = load_module(ptx, device.arch, device.memory);
   std::vector<std::vector<uint8_t>> arguments = recording.arguments;
   std::vector<void*> pointers;
