@@ -61,7 +61,7 @@ def _sdpa(
             with sdpa_kernel(which):
                 out = scaled_dot_product_attention(*heads, is_causal=shape.causal, enable_gqa=gqa)
         except RuntimeError as error:
-            if "No available kernel" in str(error):
+            if any(text in str(error) for text in ("No available kernel", "No viable backend")):
                 raise Missing(f"PyTorch {torch.__version__} has no {backend} for this shape") from None
             raise
         return out.transpose(1, 2)

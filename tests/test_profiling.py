@@ -390,6 +390,13 @@ def test_a_window_is_no_case_for_pytorchs_attention(name):
         peers.PEERS[name](SHAPE._replace(window_left=10), q, q, q, None)
 
 
+def test_a_backend_that_pytorch_does_not_have_here_is_missing_rather_than_failed(tmp_path, quick):
+    run = make_bench(tmp_path, ["cudnn"])
+    run.run("tiny", SHAPE, None)
+    assert not run.failures and len(run.missing) == 1
+    assert "tiny, dense: cudnn: PyTorch" in run.missing[0] and "CUDNN_ATTENTION" in run.missing[0]
+
+
 # ---- The command ---------------------------------------------------------------------------------------------------
 
 
