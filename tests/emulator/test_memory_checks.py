@@ -69,6 +69,19 @@ def test_shared_memory_of_a_cta_that_has_ended_is_out_of_bounds(run):
         start(run, body, grid=2, cluster=2)
 
 
+def test_memory_behind_a_range_within_a_range_is_found(run, device):
+    x = torch.zeros(64, dtype=I32)
+    device.register(x, name="x")
+    device.core.add_memory(x.data_ptr() + 64, 16, "a part of x")
+    try:
+        start(run, "st.global.b32 [%d0+128], %r2;", x)
+        assert x[32].item() == 7
+        with pytest.raises(errors.OutOfBounds, match="4 bytes past the end of 'x'"):
+            start(run, "st.global.b32 [%d0+260], %r2;", x)
+    finally:
+        device.core.remove_memory(x.data_ptr() + 64)
+
+
 def test_the_next_launch_works_after_an_error(run):
     with pytest.raises(errors.OutOfBounds):
         start(run, "st.shared.b32 [%r1+256], %r2;")
