@@ -200,7 +200,8 @@ def _as_tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None) 
 def _numpy(tensor: torch.Tensor, **kwargs: Any) -> Any:
     if is_marked(tensor):
         raise TypeError(
-            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            "can't convert cuda:0 device type tensor to numpy. "
+            "Use Tensor.cpu() to copy the tensor to host memory first."
         )
     return tensor.numpy(**kwargs)
 

@@ -21,11 +21,11 @@ TOLERANCE = 4e-3
 def arch(request: pytest.FixtureRequest) -> str:
     """The library asks for the GPU once and keeps the answer; each test may have another GPU."""
     yield request.param
+    libraries = ("flash_attn.", "quack.")
     for name, module in list(sys.modules.items()):
-        if name.startswith(("flash_attn.", "quack.")):
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear") and getattr(value, "__module__", "").startswith(("flash_attn", "quack")):
-                    value.cache_clear()
+        for value in vars(module).values() if name.startswith(libraries) else ():
+            if hasattr(value, "cache_clear") and getattr(value, "__module__", "").startswith(libraries):
+                value.cache_clear()
 
 
 def inputs(seqlen_q: int, seqlen_k: int, heads_q: int, heads_kv: int, head_dim: int) -> list[torch.Tensor]:
