@@ -178,6 +178,28 @@ def test_errors_of_tvm_ffi_functions_are_the_emulators_own(device, x):
     assert torch.equal(y, x * 2)
 
 
+def test_an_error_names_the_source_line_where_the_ptx_carries_it():
+    done = run_python(
+        """
+        import torch, cutlass.cute as cute
+        from cutlass.cute.runtime import from_dlpack
+        from cute_sparse import emulator
+        from tests.emulator import shell_kernels as kernels
+        x = torch.arange(64.0)
+        with emulator.device("sm_90a"):
+            compiled = cute.compile(kernels.scale, from_dlpack(x), from_dlpack(x), 1.0)
+            try:
+                compiled(from_dlpack(x), from_dlpack(torch.zeros(60)), 2.0)
+            except emulator.errors.OutOfBounds as error:
+                print(error.source)
+        """,
+        CUTE_DSL_LINEINFO="1",
+    )
+    file, line = done.stdout.strip().rsplit(":", 1)
+    assert Path(file).name == "shell_kernels.py"
+    assert "y[i] = x[i] * factor" in Path(file).read_text().splitlines()[int(line) - 1]
+
+
 def broken(ptx: str) -> str:
     """The same PTX with two statements that no one knows."""
     return ptx.replace("ret;", "frobnicate.b32 %r1, %r1;\n\tcrush.f32 %r1, %r1, %r1;\n\tret;", 1)

@@ -150,6 +150,7 @@ class Parser {
       else if (t.text == ";" ) { next(); }
       else fail(t.line, "unexpected '" + t.text + "' at module level");
     }
+    name_sources(m);
     return m;
   }
 
@@ -199,7 +200,16 @@ class Parser {
     const uint32_t line = next().line;
     const std::string file = next().text, row = next().text;
     while (!at_end() && peek().line == line) next();
-    location_ = (files_.count(file) ? files_[file] : file) + ":" + row;
+    location_ = file + ":" + row;
+  }
+
+  // The files behind the numbers of .loc are named at the end of the text.
+  void name_sources(ModuleText& m) const {
+    for (KernelText& kernel : m.kernels)
+      for (Statement& s : kernel.statements) {
+        const auto file = files_.find(s.source.substr(0, s.source.find(':')));
+        if (file != files_.end()) s.source = file->second + s.source.substr(s.source.find(':'));
+      }
   }
 
   void skip_section() {
