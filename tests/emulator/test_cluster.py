@@ -69,7 +69,8 @@ CLUSTER_REQUEST = """
   mov.u32 %r13, %cluster_ctarank;
   setp.eq.and.u32 %p4, %r13, 0, %p0;
   add.s32 %r13, %r3, 16;
-  @%p4 clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.multicast::cluster::all.b128 [%r13], [%r3];
+  @%p4 clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.multicast::cluster::all.b128
+    [%r13], [%r3];
 """
 AS_VECTOR = "@%p3 clusterlaunchcontrol.query_cancel.get_first_ctaid.v4.b32.b128 {%r4, %r5, %r6, _}, %q0;\n"
 ONE_BY_ONE = "".join(

@@ -310,14 +310,23 @@ def test_overwriting_the_source_of_a_store_in_flight():
 
 
 def test_loading_into_the_source_of_a_store_in_flight():
-    body = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r6], {%v0};\ntcgen05.ld.sync.aligned.32x32b.x1.b32 {%v0}, [%r6+8];\n"
+    body = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r6], {%v0};\n"
+    body += "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%v0}, [%r6+8];\n"
     with pytest.raises(errors.InFlightAccess):
         launch(fill_tensor(32) + body, nothing(), nothing())
 
 
-def test_storing_an_unwritten_register():
-    with pytest.raises(errors.Uninitialised):
-        launch("tcgen05.st.sync.aligned.32x32b.x1.b32 [%r6], {%v0};\n", nothing(), nothing())
+@pytest.mark.parametrize("shape", ["32x32b.x2", "16x64b.x2"])
+def test_a_stored_register_that_nothing_wrote_is_unwritten_in_tensor_memory(shape):
+    """Kernels store vectors of which they have filled a part; nobody may read the rest."""
+    body = f"mov.b32 %v400, 5;\ntcgen05.st.sync.aligned.{shape}.b32 [%r6], {{%v400, %v401}};\n"
+    body = fill_tensor(32) + body + "tcgen05.wait::st.sync.aligned;\n"
+    load = "tcgen05.ld.sync.aligned.{}.b32 {{%v402}}, [%r6+{}];\nadd.s32 %v402, %v402, 1;\n"
+    written, unwritten = (0, 1) if shape == "32x32b.x2" else (0, 2)
+    one = shape.replace("x2", "x1")
+    launch(body + load.format(one, written), nothing(), nothing())
+    with pytest.raises(errors.Uninitialised, match="tensor memory"):
+        launch(body + load.format(one, unwritten), nothing(), nothing())
 
 
 def test_reading_tensor_memory_that_nothing_wrote():
@@ -371,7 +380,8 @@ def test_allocations_do_not_overlap_and_freed_columns_come_back():
     body = "ld.param.b64 %d1, [out];\n"
     for at, columns in ((0, 64), (4, 128), (8, 32)):
         body += ALLOCATE.format(at=at, columns=columns) + f"ld.shared.b32 %r{10 + at}, [%r3+{at}];\n"
-    body += FREE.format(register=10, columns=64) + ALLOCATE.format(at=12, columns=32) + "ld.shared.b32 %r22, [%r3+12];\n"
+    body += FREE.format(register=10, columns=64)
+    body += ALLOCATE.format(at=12, columns=32) + "ld.shared.b32 %r22, [%r3+12];\n"
     body += "".join(f"st.global.b32 [%d1+{at}], %r{10 + at};\n" for at in (0, 4, 8, 12))
     body += FREE.format(register=14, columns=128) + FREE.format(register=18, columns=32)
     body += FREE.format(register=22, columns=32)
@@ -488,8 +498,10 @@ def matrix(kind: Kind, rows: int, seed: int, k: int | None = None) -> torch.Tens
 
 @dataclass(frozen=True)
 class Swizzle:
-    """code: bits 61..63 of the descriptor. width: bytes of a swizzled row. Bits `exchanged` of an address are XORed with
-    those `shift` above them. rows: of a group."""
+    """code: bits 61..63 of the descriptor. width: bytes of a swizzled row. rows: of a group.
+
+    Bits `exchanged` of an address are XORed with those `shift` above them.
+    """
 
     code: int
     width: int
@@ -778,8 +790,9 @@ def test_d_and_a_must_be_allocated():
 
 def test_d_may_use_allocated_columns_only():
     case = simple_case()
+    copy = copy_image(case.image.numel())
     with pytest.raises(errors.TensorMemoryError, match="columns 48..79"):
-        launch(copy_image(case.image.numel()) + case.body.replace("[%r4]", "[%r4+48]"), case.image, nothing(), columns=64)
+        launch(copy + case.body.replace("[%r4]", "[%r4+48]"), case.image, nothing(), columns=64)
     with pytest.raises(errors.TensorMemoryError, match="columns 64..71"):
         launch(copy_image(case.image.numel()) + a_in_tensor(case), case.image, nothing(), columns=64)
 
@@ -922,7 +935,7 @@ def test_an_operation_after_the_commit_is_not_covered_by_it():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_commit_tells_what_the_product_was_ordered_behind(order):
-    """Warp 1 writes A and tells warp 0; the warp that waits for the product may overwrite A: it knows warp 1's write."""
+    """Warp 1 writes A and tells warp 0. Who waits for the product may overwrite A: it knows warp 1's write."""
     case = simple_case()
     body = copy_image(case.image.numel()) + """
       setp.eq.u32 %p7, %r0, 32;
@@ -1105,7 +1118,8 @@ def test_both_ctas_of_a_pair_must_have_written_their_operands():
 @pytest.mark.parametrize("mask", [0, 4])
 def test_a_commit_reaches_ctas_of_the_cluster_only(mask):
     with pytest.raises(errors.InvalidOperand, match=f"multicast mask {mask} for a cluster of 2"):
-        launch(PAIR.replace("%h0, 3", f"%h0, {mask}") + PAIR_COMMIT, nothing(), nothing(), cta_group=2, cluster=2, grid=2)
+        body = PAIR.replace("%h0, 3", f"%h0, {mask}") + PAIR_COMMIT
+        launch(body, nothing(), nothing(), cta_group=2, cluster=2, grid=2)
 
 
 def test_allocation_in_a_pair_waits_for_the_peer():

@@ -59,7 +59,7 @@ int allocate_alone(Warp& warp, uint32_t columns) {
   return column;
 }
 
-// cta_group::2: one warp of each CTA of the pair asks, both receive the same columns. -1: wait for the peer, or for room.
+// cta_group::2: one warp of each CTA of the pair asks, both receive the same columns. -1: wait for the peer, or room.
 int allocate_in_pair(Warp& warp, const CtaGroup& group, uint32_t columns) {
   using State = TensorMemory::PairRequest::State;
   Cta& peer = *group.ctas[group.ctas[0] == warp.cta ? 1 : 0];

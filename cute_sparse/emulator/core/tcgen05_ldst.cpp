@@ -79,8 +79,9 @@ struct Regions {
 
 Regions regions_of(const Movement& m, TensorAddress address) {
   const uint32_t lanes = m.shape == Shape::s32x32b ? 32 : 16;
-  return {{{address.lane, lanes, address.column, m.columns}, {address.lane, lanes, address.column + m.split, m.columns}},
-          m.shape == Shape::s16x32bx2 ? 2u : 1u};
+  const TensorRegion first{address.lane, lanes, address.column, m.columns};
+  const TensorRegion second{address.lane, lanes, address.column + m.split, m.columns};
+  return {{first, second}, m.shape == Shape::s16x32bx2 ? 2u : 1u};
 }
 
 // The operand's address, checked. PTX ISA, "Access restrictions": warp w of a warpgroup reaches lanes 32w .. 32w + 31.
@@ -203,14 +204,40 @@ struct Store : AsyncOp {
   }
 };
 
+// Like mov, a store hands on what it is given: a word whose register nothing has written counts as unwritten in tensor
+// memory, too (kernels store vectors of which they have filled a part).
+void forget_unwritten(Warp& warp, const Movement& m, TensorAddress address, const uint32_t* slots) {
+  for (uint32_t r = 0; r < m.registers; ++r) {
+    const uint32_t missing = warp.mask & ~uint32_t(warp.state[slots[r]] & slot_state::WRITTEN);
+    for (uint32_t rest = missing; rest; rest &= rest - 1) {
+      const uint32_t word = m.words[r * LANES + uint32_t(__builtin_ctz(rest))];
+      const uint32_t lane = address.lane + word % TENSOR_LANES, column = address.column + word / TENSOR_LANES;
+      const uint64_t granule = uint64_t(lane / TENSOR_GRANULE_LANES) * TENSOR_COLUMNS + column;
+      warp.cta->tensor_shadow->forget(granule, m.halves ? 2 : 1);
+    }
+  }
+}
+
+// Loads into the source registers must have come; other asynchronous owners are an error.
+void check_sources(Warp& warp, const Instr& i) {
+  const uint32_t* slots = slots_of(warp, i);
+  for (uint32_t r = 0; r < i.n_list; ++r) {
+    if (warp.state[slots[r]] & slot_state::LOAD_PENDING) complete_pending_load(warp, slots[r]);
+    if (warp.state[slots[r]] & slot_state::ASYNC_WRITE)
+      warp.fail(ErrorKind::in_flight, "stores a register that an asynchronous operation still writes");
+  }
+}
+
 Step exec_store(Warp& warp, const Instr& i) {
   const Movement& m = *static_cast<const Movement*>(i.detail);
   const TensorAddress address = checked_address(warp, i, m);
   TensorWarp& state = tensor_warp(warp);
   const uint32_t* slots = slots_of(warp, i);
   if (checks(warp)) {
+    check_sources(warp, i);
     ++state.store_epoch;
     touch_movement(warp, m, address, Stamp{state.store_actor, state.store_epoch, Proxy::tensor}, Touch::write);
+    forget_unwritten(warp, m, address, slots);
     for (uint32_t r = 0; r < i.n_list; ++r) {
       warp.state[slots[r]] |= slot_state::ASYNC_READ;
       state.store_sources.push_back(slots[r]);
@@ -291,7 +318,6 @@ bool decode_transfer(const Statement& s, Builder& b, bool load) {
   b.list(registers);
   if (b.pending_list.size() != m.registers)
     b.fail("expected a vector of " + std::to_string(m.registers) + " registers");
-  if (!load) b.also_reads(registers);
   b.out.s[0] = b.address(load ? s.operands[1] : s.operands[0]);
   b.out.detail = b.keep(std::move(m));
   b.out.aligned = true;

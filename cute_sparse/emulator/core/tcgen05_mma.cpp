@@ -162,7 +162,8 @@ void unpack_from_tensor(const uint32_t* words, const Block& block, const Shape& 
     const uint32_t shift = k % per_word * bits;
     float* to = out + k * pitch + block.row;
     if (shape.a == Format::bf16) {  // the common one, vectorised
-      for (uint32_t r = 0; r < block.rows; ++r) to[r] = float_of_bits(shift ? column[r] & 0xffff0000u : column[r] << 16);
+      for (uint32_t r = 0; r < block.rows; ++r)
+        to[r] = float_of_bits(shift ? column[r] & 0xffff0000u : column[r] << 16);
     } else {
       const uint32_t mask = bits == 32 ? ~0u : (1u << bits) - 1;
       for (uint32_t r = 0; r < block.rows; ++r) to[r] = to_float(shape.a, column[r] >> shift & mask);
