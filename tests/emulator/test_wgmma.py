@@ -289,12 +289,11 @@ def test_exactly_the_operands_are_read(kernel):
     kernel(body, scale=0)
     whole = dict(kernel.image)
     rows_of_a = 64
-    for row, warp in [(0, 0), (40, 2), (63, 3), (rows_of_a, None), (rows_of_a + 15, None)]:  # every warp reads all of B
+    for row in (0, 40, 63, rows_of_a, rows_of_a + 15):  # every warp may read all of A and of B
         missing = list(whole)[2 * row]  # a row is two chunks
         kernel.image = {place: chunk for place, chunk in whole.items() if place != missing}
         with pytest.raises(emulator.errors.Uninitialised, match="shared memory") as error:
             kernel(body, scale=0)
-        assert warp is None or error.value.warp == warp
         assert "wgmma.mma_async" in error.value.ptx_text
 
 
