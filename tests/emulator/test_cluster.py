@@ -142,8 +142,11 @@ READ:
   mbarrier.try_wait.parity.shared.b64 %p2, [%r3+8], %r15;
   @!%p2 bra READ;
   clusterl"""
+    body = body.replace("setp.eq.u32 %p0, %r0, 0;", "setp.eq.u32 %p0, %r0, 5;")
     worked, _ = launch(body.replace(cluster_barrier, all_have_read), 4, grid=4)
     assert worked.tolist() == [1] * 4
+    with pytest.raises(errors.RaceDetected, match="ld.shared.b128"):
+        launch(body.replace(cluster_barrier, "clusterl"), 4, grid=4)
 
 
 def test_a_misaligned_response():

@@ -866,10 +866,11 @@ def test_a_kernel_that_uses_tensor_fences_is_held_to_them(dropped):
         launch(body.replace(dropped, "", 1) + kept, case.image, out)
 
 
-def test_a_kernel_without_tensor_fences_is_not_held_to_them():
+@pytest.mark.parametrize("dropped", [FENCES, FENCES[:1], FENCES[1:]], ids=["both", "before", "after"])
+def test_a_kernel_without_tensor_fences_is_not_held_to_them(dropped):
     case = simple_case(enable="1")
     body = accumulate_onto_stored_words(case)
-    for fence in FENCES:
+    for fence in dropped:
         body = body.replace(fence, "")
     launch(body, case.image, torch.zeros(128, 32, dtype=torch.int32))
 
