@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from cute_sparse.kernels.blackwell.tmem import TmemPlan
+
 from cute_sparse.problem import Problem, TileGeometry
 
 TILE_M = 128  # rows of a query tile: one tensor-memory lane, and one softmax thread, each
@@ -147,10 +148,17 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[PrefillConfig]:
     return [config for config in configs if config is not None]
 
 
-# What ptxas 13.0 compiles without spilling. The state of the vote and of the next work tile together do not fit
-# beside a row of scores, so a sparse kernel leaves the order of its work tiles to the hardware's block scheduler.
+# What ptxas 13.0 compiles without spilling in a loop over KV tiles. The state of the vote and of the next work tile
+# together do not fit beside a row of scores, so a sparse kernel leaves the order of its work tiles to the hardware's
+# block scheduler.
 _TWO_TILES_DENSE = dict(registers_softmax=192, registers_correction=64, registers_other=64)
 _TWO_TILES_SPARSE = dict(registers_softmax=200, registers_correction=48, registers_other=64, ctas=0)
+
+
+def _two_tiles_registers(problem: Problem) -> dict[str, int]:
+    if problem.sparsity is None:
+        return _TWO_TILES_DENSE
+    return _TWO_TILES_DENSE | dict(ctas=0) if problem.mask == "full" else _TWO_TILES_SPARSE
 
 
 def _two_query_tiles(problem: Problem, exp2_emulated: int) -> PrefillConfig | None:
@@ -172,7 +180,7 @@ def _two_query_tiles(problem: Problem, exp2_emulated: int) -> PrefillConfig | No
         v_stages=stages[1],
         p_early_columns=96,
         exp2_emulated=exp2_emulated,
-        **_TWO_TILES_SPARSE if problem.sparsity else _TWO_TILES_DENSE,
+        **_two_tiles_registers(problem),
     )
 
 

@@ -9,10 +9,8 @@ path. 10.3 has a unit twice as fast and needs none.
 p minimises max |p(f) / 2^f - 1| over [0, 1] with p(0) = 1, so that the largest element of a row is exactly 1.
 """
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 

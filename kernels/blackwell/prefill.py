@@ -14,13 +14,6 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.blackwell_helpers as sm100
-from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
-
-from cute_sparse.device.bundles import TMA_ALIGN_BYTES, PrefillOperands, TokenTensor, log2_threshold, prefill_operands
-from cute_sparse.device.mask import Band, TileRange
-from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
-from cute_sparse.device.schedule import NO_TILE, SLOT_WORDS, DynamicTiles, OneTile, TileOrder, WorkTile, heads_in_cache
 from cute_sparse.kernels.blackwell import tmem, umma
 from cute_sparse.kernels.blackwell.config import (
     ELEMENT_BYTES,
@@ -40,6 +33,14 @@ from cute_sparse.kernels.blackwell.softmax import (
     pack,
     tile_maximum,
 )
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+from cutlass.memory import SmemAllocator
+
+from cute_sparse.device.bundles import TMA_ALIGN_BYTES, PrefillOperands, TokenTensor, log2_threshold, prefill_operands
+from cute_sparse.device.mask import Band, TileRange
+from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
+from cute_sparse.device.schedule import NO_TILE, SLOT_WORDS, DynamicTiles, OneTile, TileOrder, WorkTile, heads_in_cache
 from cute_sparse.operands import PREFILL
 from cute_sparse.problem import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, Problem, check_supported, head_dim_feature
 
@@ -289,7 +290,7 @@ class Prefill:
     def kernel(self, op: Operands):
         config = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        storage = cutlass.utils.SmemAllocator().allocate(self.storage)
+        storage = SmemAllocator().allocate(self.storage)
         pipes = self._pipes(storage)
         tiles = self._tiles(op, storage)
         if warp == 0:
@@ -304,7 +305,7 @@ class Prefill:
             tmem.allocate(storage.tmem_base.ptr)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        base = Int32(cute.make_tensor(storage.tmem_base.ptr, 1)[0])
+        base = tmem.BASE
         schedule = self._schedule(op, storage)
 
         if warp < config.softmax_warps:
@@ -417,7 +418,7 @@ class Prefill:
     # ------------------------------------------------------------------------------------------------ mma
 
     @cute.jit
-    def multiply(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: Int32):
+    def multiply(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
         """Two query tiles. Step i multiplies P of KV tile i - 1 with its V, and Q with K of tile i."""
         plan = self.config.tmem
         fragments = self._fragments(op, tiles)
@@ -430,6 +431,9 @@ class Prefill:
             begins, sizes = [r.begin for r in work.ranges], [r.end - r.begin for r in work.ranges]
             steps = work.union.end - work.union.begin
             started = Int32(0)  # one bit a query tile: O holds something
+            if sizes[0] > 0:
+                cute.arch.mbarrier_wait(pipes.q_full, q_parity & 1)
+                q_parity = q_parity ^ 1
             for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
                 n_block = work.union.end - 1 - i
                 if i > 0:
@@ -444,7 +448,6 @@ class Prefill:
                                 cute.arch.mbarrier_wait(pipes.o_free + s, o_parity >> s & 1)
                                 tmem.fence_after_sync()
                                 o_parity = o_parity ^ (1 << s)
-                        last = n_block + 1 == begins[s]
                         if self._kept(tiles, s, counts[s] + begins[s] + sizes[s] - 2 - n_block):
                             self._values(
                                 fragments,
@@ -458,35 +461,32 @@ class Prefill:
                             )
                             rest_parity = rest_parity ^ (1 << s)
                             started = started | (1 << s)
-                        if last:
-                            with cute.arch.elect_one():
-                                umma.commit(pipes.o_done + s)
+                    active = is_within(n_block, begins[s], sizes[s])
+                    scores = base + plan.scores[s]
                     if const_expr(s == 0):
                         if i < steps:
                             pipes.k.wait(k_cursor)
-                    else:
-                        if i > 0:
+                        if active:
                             with cute.arch.elect_one():
-                                umma.commit(pipes.v.empty(v_cursor))
-                            v_cursor = pipes.v.advanced(v_cursor)
-                    if is_within(n_block, begins[s], sizes[s]):
-                        if n_block == begins[s] + sizes[s] - 1:
+                                self._scores(fragments, scores, s, 0, k_cursor.index)
+                                umma.commit(pipes.s_full + s)
+                    else:
+                        if n_block == begins[s] + sizes[s] - 1 and sizes[s] > 0:
                             cute.arch.mbarrier_wait(pipes.q_full + s, q_parity >> s & 1)
                             q_parity = q_parity ^ (1 << s)
-                        done = (pipes.s_full + s,)
-                        self._scores(fragments, base + plan.scores[s], s, 0, k_cursor.index, done)
-                        if n_block == begins[s]:
-                            with cute.arch.elect_one():
-                                umma.commit(pipes.q_empty + s)
+                        with cute.arch.elect_one():
+                            self._close_step(fragments, pipes, scores, k_cursor, v_cursor, active, i, steps, sizes)
+                if i > 0:
+                    v_cursor = pipes.v.advanced(v_cursor)
                 if i < steps:
-                    with cute.arch.elect_one():
-                        umma.commit(pipes.k.empty(k_cursor))
                     k_cursor = pipes.k.advanced(k_cursor)
+            with cute.arch.elect_one():
+                self._commit_active(pipes.o_done, sizes)
             counts = added(counts, sizes)
             tile, claim = schedule.next(tile, claim)
 
     @cute.jit
-    def multiply_one_tile(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: Int32):
+    def multiply_one_tile(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
         """One query tile. Step i multiplies Q with K of KV tile i, then P of tile i - 1 with its V."""
         config, plan = self.config, self.config.tmem
         fragments = self._fragments(op, tiles)
@@ -506,11 +506,12 @@ class Prefill:
                     buffer = (first + i) & 1
                     for chunk in cutlass.range_constexpr(config.k_chunks):
                         pipes.k.wait(k_cursor)
-                        done = (pipes.k.empty(k_cursor),)
-                        if const_expr(chunk == config.k_chunks - 1):
-                            done = (pipes.s_full + buffer, pipes.k.empty(k_cursor))
                         scores = base + plan.scores[0] + buffer * plan.buffer_stride
-                        self._scores(fragments, scores, 0, chunk, k_cursor.index, done)
+                        with cute.arch.elect_one():
+                            self._scores(fragments, scores, 0, chunk, k_cursor.index)
+                            if const_expr(chunk == config.k_chunks - 1):
+                                umma.commit(pipes.s_full + buffer)
+                            umma.commit(pipes.k.empty(k_cursor))
                         k_cursor = pipes.k.advanced(k_cursor)
                     if i == steps - 1:
                         with cute.arch.elect_one():
@@ -571,6 +572,26 @@ class Prefill:
         )
 
     @cute.jit
+    def _close_step(self, fragments, pipes, scores, k_cursor, v_cursor, active, i, steps, sizes):
+        """One thread, the end of step i of `multiply`: V is read, S of query tile 1 made, K read, and at last Q."""
+        if i > 0:
+            umma.commit(pipes.v.empty(v_cursor))
+        if active:
+            self._scores(fragments, scores, 1, 0, k_cursor.index)
+            umma.commit(pipes.s_full + 1)
+        if i < steps:
+            umma.commit(pipes.k.empty(k_cursor))
+        if i == steps - 1:
+            self._commit_active(pipes.q_empty, sizes)
+
+    @cute.jit
+    def _commit_active(self, barriers, sizes):
+        """One thread: arrive on the barrier of each query tile that has KV tiles, after all products so far."""
+        for s in cutlass.range_constexpr(2):
+            if sizes[s] > 0:
+                umma.commit(barriers + s)
+
+    @cute.jit
     def _scores(
         self,
         fragments: Fragments,
@@ -578,20 +599,16 @@ class Prefill:
         query_tile: cutlass.Constexpr[int],
         chunk: cutlass.Constexpr[int],
         k_slot: Int32,
-        done,
     ):
-        """S = Q K^T, or for a later chunk of head_dim, S += Q K^T; then arrive on each barrier of `done`."""
+        """One thread: S = Q K^T, or for a later chunk of head_dim, S += Q K^T."""
         q, k = fragments.q, fragments.k
         # Recomputed here, because the compiler would otherwise hold one register pair an instruction.
         q_first = umma.opaque(q.first) + query_tile * q.slot_stride
         k_first = k.first + Int64(k_slot * k.slot_stride)
-        with cute.arch.elect_one():
-            for step in cutlass.range_constexpr(self.steps_k):
-                q_step = q_first + q.steps[chunk * self.steps_k + step]
-                accumulate = chunk > 0 or step > 0
-                umma.issue_from_shared(accumulator, q_step, k_first + k.steps[step], self.s_instruction, accumulate)
-            for barrier in done:
-                umma.commit(barrier)
+        for step in cutlass.range_constexpr(self.steps_k):
+            q_step = q_first + q.steps[chunk * self.steps_k + step]
+            accumulate = chunk > 0 or step > 0
+            umma.issue_from_shared(accumulator, q_step, k_first + k.steps[step], self.s_instruction, accumulate)
 
     @cute.jit
     def _values(
@@ -622,7 +639,7 @@ class Prefill:
     # ------------------------------------------------------------------------------------------------ softmax
 
     @cute.jit
-    def softmax(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: Int32):
+    def softmax(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
         config = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         query_tile = warp // WARPS_PER_GROUP
@@ -696,20 +713,30 @@ class Prefill:
         tile_max = tile_maximum(scores)
         if const_expr(first):
             state.start(tile_max, thread.in_sequence)
-            self._keep(step, n_block, count, buffer, address, scores, None)
+            self._keep(step, n_block, count, buffer, address, scores, None, masked)
         elif const_expr(not self.sparse):
-            self._keep(step, n_block, count, buffer, address, scores, tile_max)
+            self._keep(step, n_block, count, buffer, address, scores, tile_max, masked)
         else:
             barrier = int(NamedBarrier.VOTE) + thread.query_tile
             if any_of_group(state.wants(tile_max), barrier, GROUP_THREADS):
-                self._keep(step, n_block, count, buffer, address, scores, tile_max)
+                self._keep(step, n_block, count, buffer, address, scores, tile_max, masked)
             else:
                 self._publish(step, n_block, count, SKIPPED)
                 tmem.fence_before_sync()
                 cute.arch.mbarrier_arrive(step.pipes.p_ready + buffer)
 
     @cute.jit
-    def _keep(self, step, n_block: Int32, count: Int32, buffer, address: Int32, scores, tile_max):
+    def _keep(
+        self,
+        step,
+        n_block: Int32,
+        count: Int32,
+        buffer,
+        address: Int32,
+        scores,
+        tile_max,
+        masked: cutlass.Constexpr[bool],
+    ):
         """P, O's rescaling if need be, and the row sum, of a kept tile; tile_max is None for a row's first."""
         config, pipes, state = self.config, step.pipes, step.state
         first = tile_max is None
@@ -720,7 +747,8 @@ class Prefill:
         sums = []
         for first_column in cutlass.range_constexpr(0, config.tile_n, FRAGMENT):
             last = first_column + FRAGMENT == config.tile_n
-            emulated = 0 if last else config.exp2_emulated  # P is waited for: its end is made the fastest way
+            # The end of P is waited for: it is made the fastest way. Masked tiles are few, and short of registers.
+            emulated = 0 if last or masked else config.exp2_emulated
             exponents = state.exponents(scores[first_column : first_column + FRAGMENT])
             p = exponentials(exponents, emulated)
             tmem.store(p_address + first_column // 2, pack(p, self.dtype))
@@ -780,7 +808,7 @@ class Prefill:
     # ------------------------------------------------------------------------------------------------ correction
 
     @cute.jit
-    def correct(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: Int32):
+    def correct(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
         config, plan = self.config, self.config.tmem
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         row = cute.arch.thread_idx()[0] % GROUP_THREADS
@@ -806,22 +834,26 @@ class Prefill:
                         if const_expr(self.persistent and first_column + STORE_FRAGMENT == config.head_dim_v):
                             tmem.fence_before_sync()
                             cute.arch.mbarrier_arrive(pipes.o_free + s)
+                        words = self._output_words(columns, factor)
                         if exists:
-                            self._store_columns(gO, first_column, columns, factor)
-                else:  # nothing was multiplied
-                    zeros = [Float32(0.0)] * STORE_FRAGMENT
+                            self._store_columns(gO, first_column, words)
+                elif exists:  # nothing was multiplied
+                    zeros = [Int32(0)] * (STORE_FRAGMENT // 2)
                     for first_column in cutlass.range_constexpr(0, config.head_dim_v, STORE_FRAGMENT):
-                        if exists:
-                            self._store_columns(gO, first_column, zeros, Float32(0.0))
+                        self._store_columns(gO, first_column, zeros)
             tile, claim = schedule.next(tile, claim)
 
-    @cute.jit
-    def _store_columns(self, gO: cute.Tensor, first_column: cutlass.Constexpr[int], columns, factor: Float32):
-        """Scale columns of a row of O and store those that exist; a row without keys is 0, whatever V holds."""
-        no_key = factor == 0.0
+    def _output_words(self, columns: list, factor: Float32) -> list:
+        """Columns of O, scaled and rounded, two to a word; a row without keys is 0, whatever V holds."""
         words = pack(multiply_row(columns, factor), self.dtype)
-        words = [cutlass.select_(no_key, Int32(0), word) for word in words]
-        for i in cutlass.range_constexpr(0, len(columns), STORE_ELEMENTS):
+        if self.problem.mask == "full":  # every row has keys, or the tile is not multiplied
+            return words
+        return [cutlass.select_(factor == 0.0, Int32(0), word) for word in words]
+
+    @cute.jit
+    def _store_columns(self, gO: cute.Tensor, first_column: cutlass.Constexpr[int], words):
+        """Store STORE_FRAGMENT columns of a row of O, two to a word, as far as they exist."""
+        for i in cutlass.range_constexpr(0, STORE_FRAGMENT, STORE_ELEMENTS):
             if const_expr(first_column + i < self.problem.head_dim_v):
                 vector = cute.make_rmem_tensor(STORE_ELEMENTS // 2, Int32)
                 for j in cutlass.range_constexpr(STORE_ELEMENTS // 2):

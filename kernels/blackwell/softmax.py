@@ -9,13 +9,13 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
+from cute_sparse.kernels.blackwell.exp2 import exp2_pair
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 from cute_sparse.device.bundles import LN_2
 from cute_sparse.device.softmax import FLOOR, RESCALE_LOG2
-from cute_sparse.kernels.blackwell.exp2 import exp2_pair
 
 LOWEST = -3.4028234663852886e38  # the most negative fp32: above -inf, below every score
 PAIRS_PER_PERIOD = 16  # the unit in which `PrefillConfig.exp2_emulated` counts

@@ -14,6 +14,7 @@ from cutlass._mlir.dialects import llvm, nvvm, vector
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 COLUMNS = 512
+BASE = 0  # where an allocation of all columns begins
 LANES_PER_WARP = 32
 LANE_SHIFT = 16  # bits: the lane's place in an address
 TENSOR_MEMORY_SPACE = 6  # LLVM's address space number
@@ -63,9 +64,7 @@ def allocate(written_to: cute.Pointer) -> None:
 @dsl_user_op
 def deallocate(base: Int32, *, loc=None, ip=None) -> None:
     """Give it back. The warp that took it calls this, after everybody's last access."""
-    nvvm.tcgen05_dealloc(
-        pointer(base, loc=loc, ip=ip), Int32(COLUMNS).ir_value(loc=loc, ip=ip), loc=loc, ip=ip
-    )
+    nvvm.tcgen05_dealloc(pointer(base, loc=loc, ip=ip), Int32(COLUMNS).ir_value(loc=loc, ip=ip), loc=loc, ip=ip)
 
 
 def lane_offset(warp_in_group):
@@ -109,14 +108,13 @@ def store(address: Int32, words: list, *, loc=None, ip=None) -> None:
     """Write 32-bit words (Float32 or Int32, a power of two of them) to this thread's lane."""
     words_type = ir.VectorType.get([len(words)], T.i32(), loc=loc)
     bits = [
-        llvm.bitcast(T.i32(), word.ir_value(loc=loc, ip=ip), loc=loc, ip=ip) if word.dtype is Float32
+        llvm.bitcast(T.i32(), word.ir_value(loc=loc, ip=ip), loc=loc, ip=ip)
+        if word.dtype is Float32
         else word.ir_value(loc=loc, ip=ip)
         for word in words
     ]
     packed = vector.from_elements(words_type, bits, loc=loc, ip=ip)
-    nvvm.tcgen05_st(
-        nvvm.Tcgen05LdStShape.SHAPE_32X32B, pointer(address, loc=loc, ip=ip), packed, loc=loc, ip=ip
-    )
+    nvvm.tcgen05_st(nvvm.Tcgen05LdStShape.SHAPE_32X32B, pointer(address, loc=loc, ip=ip), packed, loc=loc, ip=ip)
 
 
 @dsl_user_op

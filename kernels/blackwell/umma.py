@@ -7,13 +7,12 @@ address in units of 16 bytes, so that an offset in a tile is added to a descript
 
 import cutlass
 import cutlass.cute as cute
+from cute_sparse.kernels.blackwell import tmem
 from cutlass import Boolean, Int32, Int64
 from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cute.nvgpu import tcgen05
 from cutlass.cute.nvgpu.tcgen05.helpers import smem_descriptor_to_int
 from cutlass.cutlass_dsl import T, dsl_user_op
-
-from cute_sparse.kernels.blackwell import tmem
 
 INSTRUCTION_K = 16  # elements of a 16-bit type: 32 bytes
 _FORMAT_BITS = {cutlass.Float16: 0, cutlass.BFloat16: 1}
