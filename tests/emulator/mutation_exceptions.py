@@ -16,12 +16,18 @@ RELEASE_ONLY = (
     "a slot whose tile was skipped is only handed back; what fills it next is ordered behind the other warpgroups' "
     "arrivals, too, in this launch"
 )
-BEFORE_IDLE_ARRIVAL = "orders the lanes before an arrival that nobody waits for in this launch (its last lap)"
+BEFORE_IDLE_ARRIVAL = (
+    "orders the lanes before an arrival that nobody waits for in this launch (its last lap), or after a read by all lanes "
+    "of one word, which counts as the first lane's"
+)
 SCOREBOARD = (
     "a loaded register is consumed before anything is handed on, and the assembler makes that wait for the load "
     "(FlashAttention-4's forward has no tcgen05.wait::ld at all)"
 )
-TCGEN05_FENCE = "a hole: the emulator gives tcgen05.fence no effect, because FlashAttention-4 works without any"
+TCGEN05_FENCE = (
+    "a kernel that has both kinds of this fence is held to them, and no access in this launch depended on this one; "
+    "that it is doubled has not been proven"
+)
 
 # (reason, how many statements of this shape may survive in one kernel)
 EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
