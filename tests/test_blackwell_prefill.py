@@ -189,21 +189,25 @@ def test_a_skipped_tile_costs_no_value_product_no_exponential_and_mostly_no_v(na
     assert fetched < case.lengths_k[0] // TILE
 
 
-def test_each_query_tile_of_a_cta_decides_alone():
-    """Rows of the first query tile attend to one KV tile, rows of the second to another."""
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("row", [None, 0, 77, 127])
+def test_each_query_tile_of_a_cta_decides_alone_and_one_row_keeps_a_tile(row, order):
+    """Rows of the first query tile attend to one KV tile, rows of the second, and `row`, to another."""
     case = Case(lengths_q=(256,), lengths_k=(512,), heads_q=1, threshold=0.01)
     inputs = make_inputs(case)
     inputs.q.zero_()
     inputs.k.zero_()
     inputs.q[0, :128, 0, 0] = inputs.q[0, 128:, 0, 1] = 16.0
-    inputs.k[0, 384:, 0, :2] = 4.0  # the last tile is the first visited: half way up for both
+    if row is not None:
+        inputs.q[0, row, 0, :2] = torch.tensor([0.0, 16.0])
+    inputs.k[0, 384:, 0, :2] = 4.0  # the last tile is the first visited: a quarter of the way up for both
     inputs.k[0, 256:384, 0, 0] = 16.0
     inputs.k[0, 128:256, 0, 1] = 16.0
-    for order in ORDERS:
-        with cute_sparse.emulated("sm_100a", order=order, seed=1):
-            got = call(case, inputs, return_lse=True, return_stats=True)
-        check(case, inputs, got)
-        assert got.stats.skip_map[0, 0].tolist() == [[2, 2, 1, 1], [2, 1, 2, 1]]
+    with cute_sparse.emulated("sm_100a", order=order, seed=1):
+        got = call(case, inputs, return_lse=True, return_stats=True)
+    check(case, inputs, got)
+    first = [2, 2, 1, 1] if row is None else [2, 1, 1, 1]
+    assert got.stats.skip_map[0, 0].tolist() == [first, [2, 1, 2, 1]]
 
 
 class Exponentials:
