@@ -1,6 +1,7 @@
 """How the Blackwell kernels do it: tile sizes, ring depths, warps, register budgets; and the choice among them."""
 
 import os
+import sys
 from dataclasses import dataclass
 
 from cute_sparse.kernels.blackwell.tmem import TmemPlan
@@ -242,7 +243,7 @@ def cost(problem: Problem, config: PrefillConfig) -> float:
 
 
 def choose(problem: Problem, arch: str = "sm_100a") -> PrefillConfig:
-    """The cheapest candidate; CUTE_SPARSE_SHOW_CONFIG=1 prints it and the others."""
+    """The cheapest candidate; with CUTE_SPARSE_EXPLAIN set, it and the others are printed."""
     configs = candidates(problem, arch)
     if not configs:
         raise NotImplementedError(
@@ -251,7 +252,7 @@ def choose(problem: Problem, arch: str = "sm_100a") -> PrefillConfig:
         )
     costs = [cost(problem, config) for config in configs]
     best = min(range(len(configs)), key=costs.__getitem__)
-    if os.environ.get("CUTE_SPARSE_SHOW_CONFIG") == "1":
+    if os.environ.get("CUTE_SPARSE_EXPLAIN"):
         for config, clocks in zip(configs, costs, strict=True):
-            print(f"{'chosen' if config is configs[best] else '      '} {clocks:7.0f} clocks a tile  {config}")
+            print(f"{'chosen' if config is configs[best] else '      '} {clocks:7.0f} clocks a tile  {config}", file=sys.stderr)
     return configs[best]
