@@ -26,6 +26,7 @@ THRESHOLDS = (None, 1e-3, 1e-2, 5e-2)
 GPU_SEQLEN, EMULATED_SEQLEN = 32768, 2048
 HEADS_Q, HEADS_KV, HEAD_DIM = 8, 2, 128
 TIMED_RUNS = 9
+DEFAULT_MODEL = "all-MiniLM-L6-v2, 6 layers, 12 heads of 32"
 SENTENCES = (
     "A kernel that does nothing is the fastest kernel of all.",
     "The river had risen in the night, and by morning the lower fields were a lake with fence posts in it.",
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--arch", choices=EMULATED_ARCHES, help="emulate only this; default: the GPU, or both emulated")
     parser.add_argument("--seqlen", type=int, help="of the structured input")
     options = parser.parse_args()
-    folder = options.model or default_model()
+    folder, model_name = options.model or default_model(), Path(options.model).name if options.model else DEFAULT_MODEL
     if not Path(folder).is_dir():
         parser.error(f"--model {folder}: no such folder")
     shape = f"1 sequence, {HEADS_Q} query heads on {HEADS_KV} KV heads of {HEAD_DIM}, BF16, causal"
@@ -202,7 +203,7 @@ def main() -> None:
         name = torch.cuda.get_device_name()
         seqlen = options.seqlen or GPU_SEQLEN
         print_rows(f"{name}: {seqlen} tokens, {shape}", structured_rows(seqlen, "cuda", measure_on_gpu), "error")
-        print_rows(f"{name}: {Path(folder).name}", model_rows(folder, "cuda", measure_on_gpu), "1 - cosine")
+        print_rows(f"{name}: {model_name}", model_rows(folder, "cuda", measure_on_gpu), "1 - cosine")
         return
     print("No supported GPU: the kernels run in the emulator, and their work is counted, not timed.", file=sys.stderr)
     for arch in [options.arch] if options.arch else EMULATED_ARCHES:
@@ -210,7 +211,7 @@ def main() -> None:
         with cute_sparse.emulated(arch) as device:
             measure = measure_in_emulator(device)
             print_rows(f"{arch} emulated: {seqlen} tokens, {shape}", structured_rows(seqlen, "cpu", measure), "error")
-            print_rows(f"{arch} emulated: {Path(folder).name}", model_rows(folder, "cpu", measure), "1 - cosine")
+            print_rows(f"{arch} emulated: {model_name}", model_rows(folder, "cpu", measure), "1 - cosine")
 
 
 if __name__ == "__main__":
