@@ -254,5 +254,6 @@ def choose(problem: Problem, arch: str = "sm_100a") -> PrefillConfig:
     best = min(range(len(configs)), key=costs.__getitem__)
     if os.environ.get("CUTE_SPARSE_EXPLAIN"):
         for config, clocks in zip(configs, costs, strict=True):
-            print(f"{'chosen' if config is configs[best] else '      '} {clocks:7.0f} clocks a tile  {config}", file=sys.stderr)
+            mark = "chosen" if config is configs[best] else "      "
+            print(f"{mark} {clocks:7.0f} clocks a tile  {config}", file=sys.stderr)
     return configs[best]
