@@ -116,6 +116,11 @@ void write_result(Warp& w, const Instr& i, Action action, const NamedBarrier& b)
   }
 }
 
+// The generation that the warp's arrival formed.
+void trace_barrier(Warp& w, Note::Kind kind, uint32_t id) {
+  if (w.trace) w.cluster->trace->note(kind, BarrierSpace::named, w.cta->rank << 8 | id, w.group().token);
+}
+
 Step exec_barrier(Warp& w, const Instr& i) {
   const BarrierSpec& spec = *static_cast<const BarrierSpec*>(i.detail);
   const uint32_t id = barrier_number(w, i);
@@ -127,13 +132,17 @@ Step exec_barrier(Warp& w, const Instr& i) {
     w.group().arrived = spec.action != Action::arrive;
   }
   complete_if_due(*w.cta, b);
-  if (spec.action == Action::arrive) return Step::next;
+  if (spec.action == Action::arrive) {
+    trace_barrier(w, Note::Kind::arrive, id);
+    return Step::next;
+  }
   if (b.generation == w.group().token) return w.block({Wait::Kind::named_barrier, id});
   if (w.cluster->race.enabled) {
     acquire(w, b.completed);
     if (w.mask == w.live) converge(w);
   }
   if (spec.action != Action::sync) write_result(w, i, spec.action, b);
+  trace_barrier(w, Note::Kind::sync, id);
   w.unblock();
   return Step::next;
 }
@@ -233,6 +242,7 @@ template <bool RELAXED> Step exec_cluster_arrive(Warp& w, const Instr&) {
   order.cluster_arrived |= w.mask;
   order.cluster_unwaited |= w.mask;
   order.cluster_generation = b.generation;
+  if (w.trace) w.cluster->trace->note(Note::Kind::arrive, BarrierSpace::cluster, 0, b.generation);
   if (w.cluster->race.enabled) {
     if (RELAXED) b.arrivals.join(order.fenced); else release_into(w, b.arrivals);
   }
@@ -249,6 +259,7 @@ Step exec_cluster_wait(Warp& w, const Instr&) {
   if (b.generation == order.cluster_generation) complete_cluster_if_due(*w.cluster);  // others may have exited
   if (b.generation == order.cluster_generation) return w.block({Wait::Kind::cluster_barrier});
   order.cluster_unwaited &= ~w.mask;
+  if (w.trace) w.cluster->trace->note(Note::Kind::wait, BarrierSpace::cluster, 0, order.cluster_generation);
   if (w.cluster->race.enabled) acquire(w, b.completed);
   w.unblock();
   return Step::next;

@@ -174,13 +174,19 @@ uint32_t run_warp(Warp& w, uint32_t quantum, bool checks) {
         ++w.issued[pc];
         ++done;
         ++g->pc;
+        if (w.trace) w.trace->step(pc, true);
         continue;
       }
     }
     w.mask = mask;
     if (checks && !i.moves) check_reads(w, i, mask);
+    if (w.trace) w.cluster->trace->running = w.trace;
     const Step step = i.exec(w, i);
     if (step == Step::blocked) continue;
+    if (w.trace) {
+      if (i.acts) w.trace->count(w.tally);
+      w.trace->step(pc, false);
+    }
     ++done;
     ++w.issued[pc];
     ++w.executed[pc];

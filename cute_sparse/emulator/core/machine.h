@@ -26,6 +26,7 @@
 #include "memory.h"
 #include "ptx.h"
 #include "race.h"
+#include "trace.h"
 
 namespace emu {
 
@@ -211,6 +212,7 @@ struct Warp {
   uint64_t* executed = nullptr;  // per code index: with at least one lane
   std::vector<uint8_t> local;    // .local variables of the 32 lanes, one lane after the other
   std::shared_ptr<void> wgmma, bulk, cp_async, tcgen05;  // a family's own per-warp state
+  WarpTrace* trace = nullptr;  // if the cluster is traced
 
   Group& group() { return groups[current]; }
   uint32_t* u32(uint32_t slot) { return regs + size_t(slot) * LANES; }
@@ -308,6 +310,7 @@ struct Cluster {
   NamedBarrier cluster_barrier;  // barrier.cluster: expected = all threads of the cluster
   uint64_t next_queue = 1;
   uint32_t completing = 0;       // statement of the asynchronous operation that is completing now
+  std::shared_ptr<ClusterTrace> trace;  // if the device traces this cluster
 
   // Issues an asynchronous operation: completes at once (eager and its queue empty), or joins `pending`.
   void issue(std::unique_ptr<AsyncOp> op);
@@ -370,6 +373,7 @@ struct Device {
   uint32_t threads = 1;          // host threads
   bool checks = true;            // races, uninitialised reads, in-flight registers
   uint64_t max_warp_instructions = 0;  // per launch; 0: no limit
+  std::shared_ptr<Tracer> tracer;      // null: nothing is traced
   Memory memory;
 };
 
@@ -384,6 +388,8 @@ struct Launch {
   std::shared_ptr<GridOrder> grid_order = make_grid_order();
   std::atomic<uint64_t> instructions{0};
   std::atomic<bool> failed{false};
+  std::mutex traces_mutex;
+  std::vector<std::shared_ptr<ClusterTrace>> traces;
   // By statement: 1 once it has made a difference. A wait: it has taught the warp what it did not know, and the warp
   // has acted since, or arrived where somebody waited. An arrival: a wait has learned of it. A wgmma.fence: no other
   // stood between two uses of a register.

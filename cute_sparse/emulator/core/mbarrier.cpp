@@ -103,12 +103,14 @@ void count_arrivals(Cluster& cluster, MBarrier& b, uint32_t address, uint64_t co
              std::to_string(b.phase) + ", which expects " + std::to_string(b.expected) + " and waits for " +
              std::to_string(b.pending) + " more (transaction bytes due: " + std::to_string(b.tx_bytes) + ")");
   contribute(cluster, b, warp);
+  if (cluster.trace) cluster.trace->note(Note::Kind::arrive, BarrierSpace::mbarrier, address, b.phase);
   b.pending -= int64_t(count);
   complete_phase_if_due(cluster, b);
 }
 
 void add_transactions(Cluster& cluster, MBarrier& b, uint32_t address, int64_t bytes, const Warp* warp) {
   if (bytes > 0) contribute(cluster, b, warp);
+  if (cluster.trace) cluster.trace->note(Note::Kind::arrive, BarrierSpace::mbarrier, address, b.phase);
   b.tx_bytes += bytes;
   if (b.tx_bytes > MAX_TX || b.tx_bytes < -MAX_TX)
     fail(warp, ErrorKind::barrier, "the transaction count of " + name_of(address) + " reaches " +
@@ -352,7 +354,10 @@ Step exec_wait(Warp& w, const Instr& i) {
   });
   if (ready != w.mask && spec.may_block && !w.group().timed_out) return w.block(wait);
   for_addresses(w, i, [&](uint32_t address, uint32_t lanes) {
-    if (lanes & ready) hear(w, w.cluster->mbarrier(address, &w));
+    if (!(lanes & ready)) return;
+    const MBarrier& b = w.cluster->mbarrier(address, &w);
+    hear(w, b);
+    if (w.trace && b.phase) w.cluster->trace->note(Note::Kind::wait, BarrierSpace::mbarrier, address, b.phase - 1);
   });
   if (ready && w.cluster->race.enabled)
     for_addresses(w, i, [&](uint32_t address, uint32_t lanes) {

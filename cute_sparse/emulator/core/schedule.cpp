@@ -182,6 +182,7 @@ class Resident {  // a cluster and the memory that it runs in
     cluster.index = index;
     cluster.random.seed(launch_.device->seed * 0x9e3779b97f4a7c15ull + index);
     cluster.race.enabled = launch_.device->checks;
+    if (launch_.device->tracer && launch_.device->tracer->wants(index)) start_trace(index);
     const LaunchConfig& c = launch_.config;
     const uint32_t per_cta = uint32_t((c.block.count() + LANES - 1) / LANES);
     const uint32_t cluster_size = uint32_t(c.cluster.count());
@@ -269,7 +270,20 @@ class Resident {  // a cluster and the memory that it runs in
     w.clock.know(w.actor, 1);
     w.issued = totals_.roles[index].issued.data();
     w.executed = totals_.roles[index].executed.data();
+    if (cta.cluster->trace) {
+      auto& warps = cta.cluster->trace->warps;
+      warps.push_back(std::make_unique<WarpTrace>());
+      w.trace = warps.back().get();
+      w.trace->cta_rank = cta.rank;
+      w.trace->warp = index;
+    }
     fill_constants(w);
+  }
+
+  void start_trace(uint64_t index) {
+    cluster_->trace = std::make_shared<ClusterTrace>();
+    cluster_->trace->cluster = index;
+    cluster_->trace->program = launch_.program;
   }
 
   // One turn for every warp that may have something to do; returns the number of instructions executed.
@@ -357,6 +371,10 @@ class Resident {  // a cluster and the memory that it runs in
     for (auto& cta : cluster_->ctas) check_transactions(*cta);
     for (auto& cta : cluster_->ctas)
       for (Warp& w : cta->warps) totals_.roles[w.index].tally += w.tally;
+    if (cluster_->trace) {
+      std::lock_guard<std::mutex> lock(launch_.traces_mutex);
+      launch_.traces.push_back(cluster_->trace);
+    }
     cluster_.reset();
   }
 };
@@ -461,6 +479,8 @@ LaunchRecord run_launch(Device& device, const std::shared_ptr<Module>& module, c
   launch.program = found->second;
   launch.config = config;
   check_launch(device, *launch.program->text, config);
+  if (device.tracer && device.order != Order::eager)
+    throw EmulatorError(ErrorKind::bad_launch, "a launch is traced in the eager order only");
   launch.clusters = config.grid.count() / config.cluster.count();
   launch.heard = std::vector<std::atomic<uint8_t>>(launch.program->code.size());
   copy_parameters(launch, arguments);
@@ -505,6 +525,11 @@ LaunchRecord run_launch(Device& device, const std::shared_ptr<Module>& module, c
   for (std::thread& t : helpers) t.join();
   device.memory.remove(uint64_t(launch.parameters));
   if (error) std::rethrow_exception(error);
+  if (device.tracer) {
+    std::sort(launch.traces.begin(), launch.traces.end(),
+              [](const auto& a, const auto& b) { return a->cluster < b->cluster; });
+    device.tracer->launches.push_back(std::move(launch.traces));
+  }
   for (const Totals& t : totals) merge(record, t);
   record.unheard = unheard_statements(launch);
   record.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();

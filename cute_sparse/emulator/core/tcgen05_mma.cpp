@@ -347,6 +347,9 @@ Step exec_mma(Warp& warp, const Instr& i) {
   touch_shared_operands(warp, *op, Stamp{state.tensor_actor, state.tensor_epoch, Proxy::async});
   touch_tensor_operands(warp, *op, Stamp{state.tensor_actor, state.tensor_epoch, Proxy::tensor});
   warp.tally.macs[tally_name(mma.kind)] += uint64_t(shape.m) * shape.n * shape.k;
+  if (warp.cluster->trace)  // what each CTA reads: its rows of A, its part of B
+    warp.cluster->trace->amount(Note::Kind::mma, uint64_t(shape.m) * shape.n * shape.k,
+                                32 * ((mma.a_in_tensor ? 0 : shape.m) + shape.n) / mma.cta_group);
   op->queue = tensor_queue(op->group);
   op->statement = i.statement;
   warp.cluster->issue(std::move(op));
