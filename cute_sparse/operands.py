@@ -44,3 +44,29 @@ PREFILL = (
     # threshold_log2 = log2(lambda)
     + _operands("float32", "softmax_scale softcap threshold_log2")
 )
+
+DECODE = (
+    # q (batch, seqlen_q, heads_q, head_dim); out likewise with head_dim_v; k, v (blocks, block tokens, heads_kv,
+    # head_dim[_v]), where a block is a sequence's whole cache, or a page; lse fp32 (batch, heads_q, seqlen_q),
+    # contiguous; threshold as in PREFILL; seqused_k int32 (batch,), counted as at most `capacity`;
+    # page_table int32 (batch, max pages), 0 where the caches are contiguous;
+    # tile_counts int32 (2, batch, heads_kv): kept, visited, zeroed by the caller;
+    # skip_map uint8 (batch, heads_kv, map_rows, map_cols) as in PREFILL, zeroed by the caller.
+    # An item is a block of packed rows of one KV head of one sequence, (batch, heads_kv, map_rows) in that order.
+    # partials fp32: (partial_slots, slot_rows, head_dim_v) accumulators, then (partial_slots, slot_rows, 2): the
+    # row maximum, in base-2 units, and the row sum; slot_rows = min(seqlen_q * heads_q / heads_kv, tile_rows);
+    # arrivals int32 (items,): splits that have written their partial, zero before a launch and left zero by it;
+    # shared_max uint32 (items, slot_rows): the largest maximum that a split has published, in an order-preserving
+    # code in which 0 means none; zero before a launch and left zero by it.
+    _operands("pointer", "q k v out lse threshold seqused_k page_table tile_counts skip_map")
+    + _operands("pointer", "partials arrivals shared_max")
+    # capacity: keys a sequence can have, the contiguous cache's tokens or max pages * page_size; blocks: pages, or
+    # batch; window_* as in PREFILL, with capacity for seqlen_k; map_rows = ceil(seqlen_q * group / tile_rows),
+    # map_cols = ceil(capacity / tile_n); num_splits 0: as `splits.stream_k` cuts; ctas: CTAs of the launch
+    + _operands("int32", "batch heads_q heads_kv seqlen_q capacity blocks page_table_stride window_left window_right")
+    + _operands("int32", "threshold_stride_batch threshold_stride_head map_rows map_cols partial_slots slot_rows")
+    + _operands("int32", "num_splits ctas")
+    + _operands("int64", "q_stride_batch q_stride_seq q_stride_head k_stride_block k_stride_seq k_stride_head")
+    + _operands("int64", "v_stride_block v_stride_seq v_stride_head out_stride_batch out_stride_seq out_stride_head")
+    + _operands("float32", "softmax_scale softcap threshold_log2")
+)

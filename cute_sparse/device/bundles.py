@@ -1,7 +1,7 @@
 """Frozen dataclasses that cross the host/device boundary as one argument, and the views they are made from.
 
-The host function of a kernel takes the operands of `cute_sparse.operands` one by one; `prefill_operands`
-turns them into CuTe tensors and scalars. What a problem does not have is `None` and compiles away.
+The host function of a kernel takes the operands of `cute_sparse.operands` one by one; `prefill_operands` and
+`decode_operands` turn them into CuTe tensors and scalars. What a problem does not have is `None` and compiles away.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from cute_sparse.operands import PREFILL
+from cute_sparse.operands import DECODE, PREFILL
 from cute_sparse.problem import Problem
 
 LOG2_E = 1.4426950408889634
@@ -226,3 +226,132 @@ def log2_threshold(threshold: Threshold, batch_idx: Int32, head_idx: Int32) -> F
         value = cute.math.log2(threshold.tensor[batch_idx, head_idx], fastmath=True)
         value = cutlass.select_(value > 0.0, Float32(0.0), value)
     return value
+
+
+@dataclass(frozen=True)
+class Cache:
+    """K or V of a decode call, and where a sequence's tokens lie in it.
+
+    tensor      (block tokens, head_dim, heads_kv, blocks), or the TMA view of one; a block is a sequence's whole cache,
+                or a page. TMA fills what lies beyond the tensor with zeros, and so also a block of index `blocks`
+    page_table  int32 (max pages, batch); None where a sequence's block is its own index
+    blocks      how many there are
+    """
+
+    tensor: Any
+    page_table: Any
+    blocks: Any
+
+    def viewed_as(self, tensor) -> "Cache":
+        """The same tokens through another tensor, such as the coordinate tensor of a TMA atom."""
+        return Cache(tensor, self.page_table, self.blocks)
+
+
+@dataclass(frozen=True)
+class Partials:
+    """Partial results of splits, fp32. A slot holds one split's.
+
+    acc      (head_dim_v, slot_rows, partial_slots): not yet divided by the row sum
+    row_max, row_sum  (slot_rows, partial_slots); row_max in base-2 units, -inf where the row has seen no key
+    arrivals (items,) int32: the splits of an item that have written theirs
+    """
+
+    acc: Any
+    row_max: Any
+    row_sum: Any
+    arrivals: Any
+
+
+@dataclass(frozen=True)
+class DecodeOperands:
+    """`operands.DECODE` as CuTe values; built and used on the host side of a kernel."""
+
+    q: Any  # (seqlen_q, head_dim, heads_q, batch)
+    k: Cache
+    v: Cache
+    out: Any  # (seqlen_q, head_dim_v, heads_q, batch)
+    lse: Any  # (seqlen_q, heads_q, batch); None
+    seqused_k: Any  # (batch,)
+    seqlen_q: Any
+    capacity: Any
+    heads_q: Any
+    heads_kv: Any
+    batch: Any
+    window_left: Any  # None unless the mask is a band
+    window_right: Any
+    scale: Scale
+    threshold: Any  # None without sparsity
+    stats: Any  # None unless wanted; heads are KV heads
+    row_blocks: Any
+    partials: Partials
+    shared_max: Any  # (slot_rows, items) uint32; None unless the splits share their maxima
+    num_splits: Any
+    ctas: Any
+
+
+def decode_operands(problem: Problem, values) -> DecodeOperands:
+    """CuTe tensors over the raw `values` of `operands.DECODE`, in its order. Sizes of 0 as in `prefill_operands`."""
+    named = dict(zip((operand.name for operand in DECODE), values, strict=True))
+    heads_q, heads_kv, batch = named["heads_q"], named["heads_kv"], named["batch"]
+    seqlen_q, capacity, row_blocks = named["seqlen_q"], named["capacity"], named["map_rows"]
+    items = batch * heads_kv * row_blocks
+    band = problem.mask == "band"
+
+    def rows(name: str, head_dim: int):
+        strides = [_aligned(named[f"{name}_stride_{mode}"]) for mode in ("seq", "head", "batch")]
+        return _token_tensor(named[name], (seqlen_q, heads_q, batch), head_dim, strides, packed=False).tensor
+
+    def cache(name: str, head_dim: int) -> Cache:
+        strides = [_aligned(named[f"{name}_stride_{mode}"]) for mode in ("seq", "head", "block")]
+        tokens = problem.page_size or cutlass.max(capacity, 1)
+        sizes = (tokens, heads_kv, cutlass.max(named["blocks"], 1))
+        page_table = None
+        if problem.page_size:
+            layout = cute.make_layout((capacity // problem.page_size, batch), stride=(1, named["page_table_stride"]))
+            page_table = cute.make_tensor(named["page_table"], layout)
+        tensor = _token_tensor(named[name], sizes, head_dim, strides, packed=False).tensor
+        return Cache(tensor, page_table, named["blocks"])
+
+    lse_layout = cute.make_layout((seqlen_q, heads_q, batch), stride=(1, seqlen_q, seqlen_q * heads_q))
+    return DecodeOperands(
+        q=rows("q", problem.head_dim),
+        k=cache("k", problem.head_dim),
+        v=cache("v", problem.head_dim_v),
+        out=rows("out", problem.head_dim_v),
+        lse=cute.make_tensor(named["lse"], lse_layout) if problem.return_lse else None,
+        seqused_k=cute.make_tensor(named["seqused_k"], (batch,)),
+        seqlen_q=seqlen_q,
+        capacity=capacity,
+        heads_q=heads_q,
+        heads_kv=heads_kv,
+        batch=batch,
+        window_left=named["window_left"] if band else None,
+        window_right=named["window_right"] if band else None,
+        scale=_scale(problem, named),
+        threshold=_threshold(named) if problem.sparsity == "threshold" else None,
+        stats=_stats(named | {"heads_q": heads_kv}) if problem.return_stats else None,
+        row_blocks=row_blocks,
+        partials=_partials(problem, named, items),
+        shared_max=_shared_max(named, items) if problem.share_max else None,
+        num_splits=named["num_splits"],
+        ctas=named["ctas"],
+    )
+
+
+def _partials(problem: Problem, named, items) -> Partials:
+    slots, slot_rows, head_dim_v = named["partial_slots"], named["slot_rows"], problem.head_dim_v
+    acc_layout = cute.make_layout(
+        (head_dim_v, slot_rows, slots), stride=(1, head_dim_v, cutlass.Int64(slot_rows) * head_dim_v)
+    )
+    row_layout = cute.make_layout((slot_rows, slots), stride=(2, slot_rows * 2))
+    rows = named["partials"] + cutlass.Int64(slots) * slot_rows * head_dim_v
+    return Partials(
+        cute.make_tensor(named["partials"], acc_layout),
+        cute.make_tensor(rows, row_layout),
+        cute.make_tensor(rows + 1, row_layout),
+        cute.make_tensor(named["arrivals"], (items,)),
+    )
+
+
+def _shared_max(named, items):
+    return cute.make_tensor(named["shared_max"], cute.make_layout((named["slot_rows"], items)))

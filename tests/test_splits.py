@@ -1,0 +1,110 @@
+"""How a decode call is cut: the cuts cover every tile once and evenly, and the device takes the host's."""
+
+from __future__ import annotations
+
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+import pytest
+import torch
+from cutlass import Int32
+from cutlass.cute.runtime import from_dlpack
+from cutlass.memory import SmemAllocator
+
+from cute_sparse import emulator, splits
+from cute_sparse.device.split import WALK_WORDS, SplitPlan
+
+TILE_N = 64
+LENGTHS = {
+    "one long among short": [40, 3000, 1, 0, 64, 65],
+    "one": [900],
+    "all empty": [0, 0],
+    "more than a warp": [64 * (index % 5) for index in range(70)],
+}
+MAX_SEGMENTS = 256  # that a CTA of these cases has
+
+
+def positions_of(lengths: list[int], items_per_sequence: int) -> list[int]:
+    return [max(-(-length // TILE_N), 1) for length in lengths for _ in range(items_per_sequence)]
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 3, 100])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_every_position_is_in_one_split(lengths, num_splits):
+    items = positions_of(lengths, 2)
+    cuts = splits.item_cuts(items, 5, num_splits, min_tiles=2)
+    for item, positions in zip(cuts, items, strict=True):
+        assert item[0] == 0 and item[-1] == positions
+        assert all(begin < end for begin, end in zip(item, item[1:], strict=False))
+        assert not num_splits or len(item) - 1 == min(num_splits, positions)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_stream_k_gives_each_cta_as_much(lengths):
+    items = positions_of(lengths, 2)
+    plan = splits.stream_k(items, 5, min_tiles=2)
+    loads = [sum(segment.end - segment.begin for segment in segments) for segments in plan]
+    assert sum(loads) == sum(items) and max(loads) - min(loads) <= 1
+    assert len(plan) == 1 or min(loads) >= 2
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("num_splits", [0, 3])
+def test_no_two_partial_results_share_a_slot(lengths, num_splits):
+    items = positions_of(lengths, 3)
+    plan = splits.fixed(items, 7, num_splits) if num_splits else splits.stream_k(items, 7, 1)
+    slots = [segment.slot for segments in plan for segment in segments if segment.splits > 1]
+    assert len(set(slots)) == len(slots)
+    assert max(slots, default=0) < splits.partial_slots(len(items), 7, num_splits)
+
+
+class Dump:
+    """A kernel that writes down the segments it walks: ints (ctas, MAX_SEGMENTS, 7), 0 beyond."""
+
+    @cute.jit
+    def __call__(self, seqused_k, out, batch: Int32, row_blocks: Int32, num_splits: Int32, ctas: Int32, stream):
+        plan = SplitPlan("full", TILE_N, 2, seqused_k, Int32(1 << 20), Int32(1), None, None,
+                         batch, Int32(2), row_blocks, num_splits, ctas)  # fmt: skip
+        self.kernel(plan, out).launch(grid=(ctas, 1, 1), block=(64, 1, 1), stream=stream)
+
+    @cute.kernel
+    def kernel(self, plan: SplitPlan, out: cute.Tensor):
+        words = SmemAllocator().allocate_tensor(Int32, cute.make_layout(WALK_WORDS), byte_alignment=16)
+        if cute.arch.warp_idx() == 0:
+            plan.locate(words)
+        cute.arch.sync_threads()
+        cta, _, _ = cute.arch.block_idx()
+        thread, _, _ = cute.arch.thread_idx()
+        walk = plan.first(words)
+        count = Int32(0)
+        while plan.more(walk):
+            segment = plan.segment(walk)
+            if segment.begin < segment.end:
+                if thread == 33:
+                    out[cta, count, 0] = segment.item
+                    out[cta, count, 1] = segment.begin
+                    out[cta, count, 2] = segment.end
+                    out[cta, count, 3] = segment.split
+                    out[cta, count, 4] = segment.splits
+                    out[cta, count, 5] = segment.slot(segment.split)
+                    out[cta, count, 6] = segment.tile + 1 - segment.begin
+                count += 1
+            walk = plan.next(walk)
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 3])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_the_device_cuts_as_the_host_does(lengths, num_splits):
+    row_blocks, ctas = 2, 6
+    seqused_k = torch.tensor(lengths, dtype=torch.int32)
+    out = torch.zeros((ctas, MAX_SEGMENTS, 7), dtype=torch.int32)
+    with emulator.device("sm_90a"):
+        arguments = (from_dlpack(seqused_k), from_dlpack(out), len(lengths), row_blocks, num_splits, ctas)
+        cute.compile(Dump(), *arguments, cuda.CUstream(0))(*arguments, cuda.CUstream(0))
+    items = positions_of(lengths, 2 * row_blocks)
+    plan = splits.fixed(items, ctas, num_splits) if num_splits else splits.stream_k(items, ctas, 2)
+    for cta, segments in enumerate(plan):
+        for number, segment in enumerate(segments):
+            tiles = -(-lengths[segment.item // (2 * row_blocks)] // TILE_N)
+            assert out[cta, number].tolist() == [*segment, tiles - segment.begin], (cta, number)
+        assert not out[cta, len(segments) :].any()
+    assert not out[len(plan) :].any()
