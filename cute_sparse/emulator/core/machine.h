@@ -96,10 +96,13 @@ struct Builder {
   const Statement& statement;
   Instr& out;
   std::vector<uint32_t> pending_writes, pending_list;  // appended to Program::slot_lists by finish()
+  struct LowWord { uint32_t wide, low; };
+  std::vector<LowWord> pending_narrow;                 // 64-bit registers of which an instruction reads the low word
 
   // Source operand -> slot. A register is added to the checked reads; an immediate or a fixed special register
   // becomes a constant slot. `wide`: the instruction reads it as 64 bits. f32/f64 literals follow `type`.
   uint32_t read(const Operand& op, RegClass cls);
+  uint32_t narrowed(const Operand& op);
   uint32_t write(const Operand& op);           // destination register; sink `_` -> a scratch slot
   // Address operand [base + offset]: sets out.offset, returns the slot of the base as 64-bit value
   // (`wide`) or 32-bit; a symbol becomes its address. Which of the two: `wide(op)`.

@@ -102,7 +102,7 @@ uint32_t Builder::read(const Operand& op, RegClass cls) {
       if (slots_of(op.reg.cls) < slots_of(cls)) fail("a register is narrower than the instruction reads");
       program.slot_lists.push_back(op.reg.slot);
       ++out.n_reads;
-      return op.reg.slot;
+      return slots_of(op.reg.cls) > slots_of(cls) ? narrowed(op) : op.reg.slot;
     case Operand::Kind::immediate:
       return constant_slot(program, literal_bits(op, cls), cls == RegClass::b64);
     case Operand::Kind::symbol: {
@@ -118,6 +118,14 @@ uint32_t Builder::read(const Operand& op, RegClass cls) {
     }
     default: fail("unexpected kind of source operand");
   }
+}
+
+// A source register may be wider than the instruction's type, whose bits are then its low ones (PTX ISA 9.4.1, "Operand
+// Size Exceeding Instruction-Type Size"): they are copied to a slot of their own before each execution.
+uint32_t Builder::narrowed(const Operand& op) {
+  if (op.reg.cls != RegClass::b64) fail("a register of 128 bits is wider than the instruction reads");
+  pending_narrow.push_back({op.reg.slot, add_slots(program, 1)});
+  return pending_narrow.back().low;
 }
 
 uint32_t Builder::write(const Operand& op) {
@@ -186,6 +194,22 @@ uint32_t Builder::target(const Operand& op) const {
   return it->second;
 }
 
+namespace {
+
+struct Narrowing {
+  std::vector<Builder::LowWord> words;
+  Instr rest;
+};
+
+Step exec_narrowing(Warp& w, const Instr& i) {
+  const auto& narrowing = *static_cast<const Narrowing*>(i.detail);
+  for (const auto& word : narrowing.words)
+    for (uint32_t l = 0; l < 32; ++l) w.u32(word.low)[l] = uint32_t(w.u64(word.wide)[l]);
+  return narrowing.rest.exec(w, narrowing.rest);
+}
+
+}  // namespace
+
 void Builder::finish() {
   auto append = [&](const std::vector<uint32_t>& from, uint32_t& begin, uint32_t& count) {
     begin = uint32_t(program.slot_lists.size());
@@ -194,6 +218,9 @@ void Builder::finish() {
   };
   append(pending_writes, out.writes, out.n_writes);
   append(pending_list, out.list, out.n_list);
+  if (pending_narrow.empty()) return;
+  out.detail = keep(Narrowing{pending_narrow, out});
+  out.exec = exec_narrowing;
 }
 
 std::shared_ptr<Program> build_program(std::shared_ptr<const ModuleText> module, const KernelText& text,
@@ -213,12 +240,14 @@ std::shared_ptr<Program> build_program(std::shared_ptr<const ModuleText> module,
     }
     out.acts = acts(statement);
     out.reads = uint32_t(program->slot_lists.size());
-    Builder builder{*program, statement, out, {}, {}};
+    Builder builder{*program, statement, out, {}, {}, {}};
     const bool known = words_known(statement) &&
                        std::any_of(FAMILIES.begin(), FAMILIES.end(),
                                    [&](Decoder decode) { return decode(statement, builder); });
-    if (!known)
+    if (!known) {
       unknown.push_back("line " + std::to_string(statement.line) + ": " + statement.text);
+      continue;
+    }
     builder.finish();
   }
   // Falling off the end of the body is a return.
