@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from cute_sparse import splits
 from cute_sparse.problem import TileGeometry
 
 NOT_VISITED, KEPT, SKIPPED = 0, 1, 2
@@ -241,3 +242,210 @@ def _groups_of(block: int, geometry: TileGeometry, row_groups: slice) -> slice:
     """The row groups of a block of tile_m rows, counted from the first group of `row_groups`."""
     per_block = geometry.tile_m // geometry.tile_rows
     return slice(block * per_block - row_groups.start, (block + 1) * per_block - row_groups.start)
+
+
+# ---- Decode --------------------------------------------------------------------------------------------------------
+
+DECODE_GEOMETRY = TileGeometry(tile_m=64, tile_rows=64, tile_n=64)  # Hopper's for head dim 128
+
+
+class DecodeOracle(NamedTuple):
+    """What `decode` computed; floating tensors are in the compute dtype.
+
+    out          (batch, seqlen_q, heads_q, head_dim_v)
+    lse          (batch, heads_q, seqlen_q): natural log, -inf for a row with no key
+    skip_map     uint8 (batch, heads_kv, row blocks, KV tiles of the capacity): 0 not visited, 1 kept, 2 skipped
+    tile_counts  int32 (2, batch, heads_kv): kept, visited
+    margin       like skip_map, as `Oracle.margin`, against what a split knows of itself: +inf for its first tile
+    least_margin like margin, against the largest maximum that any split of the item ever has: where it is negative a
+                 split that was told of it may skip the tile, too, also as its first
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    skip_map: torch.Tensor
+    tile_counts: torch.Tensor
+    margin: torch.Tensor
+    least_margin: torch.Tensor
+
+
+def decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    seqused_k: Sequence[int],
+    page_table: torch.Tensor | None = None,
+    softmax_scale: float,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softcap: float = 0.0,
+    threshold: torch.Tensor | None = None,
+    num_splits: int = 0,
+    ctas: int = 1,
+    min_tiles: int = 1,
+    share_max: bool = False,
+    geometry: TileGeometry = DECODE_GEOMETRY,
+    skip_map: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> DecodeOracle:
+    """Attention of q (batch, seqlen_q, heads_q, head_dim) over the first seqused_k[i] keys of each sequence's cache.
+
+    k_cache, v_cache  (batch, capacity, heads_kv, head_dim[_v]), or pages (pages, page_size, heads_kv, head_dim[_v])
+    page_table   integers (batch, max pages); those without a key that some query sees are not looked at
+    num_splits, ctas, min_tiles  how a launch cuts the work (`splits.item_cuts`): each split has a running maximum of
+                 its own. By default it is not cut.
+    share_max    the splits of an item run one after the other, and know the maxima of those before them
+    geometry     `tile_rows` packed rows (`packed_rows`) of a KV head decide together
+    threshold, window_*, skip_map  as in `attention`; the skip map is that of `DecodeOracle`
+    """
+    batch, seqlen_q, heads_q, _ = q.shape
+    heads_kv, head_dim_v = v_cache.shape[2:]
+    page_size = None if page_table is None else k_cache.shape[1]
+    capacity = k_cache.shape[1] if page_table is None else page_table.shape[1] * page_size
+    left = capacity if window_left is None else window_left
+    right = seqlen_q if window_right is None else window_right
+    row_blocks, tiles = -(-seqlen_q * (heads_q // heads_kv) // geometry.tile_rows), -(-capacity // geometry.tile_n)
+
+    q_rows = packed_rows(q.to(dtype), heads_kv)
+    log_lambda = None
+    if threshold is not None:
+        lambdas = _log_threshold(threshold, batch, heads_q, dtype, q.device)  # (batch, heads_q, 1)
+        log_lambda = packed_rows(lambdas.transpose(1, 2).expand(batch, seqlen_q, heads_q)[..., None], heads_kv)[..., 0]
+    out_rows = q_rows.new_zeros((*q_rows.shape[:3], head_dim_v))
+    lse_rows = q_rows.new_full(q_rows.shape[:3], -math.inf)
+    decisions = torch.zeros((batch, heads_kv, row_blocks, tiles), dtype=torch.uint8, device=q.device)
+    margins = q_rows.new_full(decisions.shape, math.nan)
+    least_margins = margins.clone()
+
+    key_ranges = [visible_keys(seqlen_q, length, left, right) for length in seqused_k]
+    visited = [tiles_of(keys, geometry.tile_n) for keys in key_ranges]
+    positions = [max(len(order), 1) for order in visited for _ in range(heads_kv * row_blocks)]
+    cuts = iter(splits.item_cuts(positions, ctas, num_splits, min_tiles))
+    for index, (length, keys, order) in enumerate(zip(seqused_k, key_ranges, visited, strict=True)):
+        item_cuts = [next(cuts) for _ in range(heads_kv * row_blocks)]
+        if not order:
+            continue
+        k_rows, v_rows = (
+            cached_tokens(cache, None if page_table is None else page_table[index], index, keys).to(dtype)
+            for cache in (k_cache, v_cache)
+        )  # (heads_kv, keys, head_dim[_v])
+        scores = q_rows[index] @ k_rows.transpose(1, 2) * softmax_scale  # (heads_kv, rows, keys)
+        scores = softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+        visible = _visible(slice(0, seqlen_q), keys, length - seqlen_q, left, right, q.device)
+        scores = scores.masked_fill(~visible.repeat_interleave(heads_q // heads_kv, dim=0), -math.inf)
+        columns = [_columns(tile, keys, geometry.tile_n) for tile in order]
+        tile_max = torch.stack([scores[..., column].amax(dim=-1) for column in columns], dim=-1)
+        for item, item_cut in enumerate(item_cuts):
+            kv_head, block = divmod(item, row_blocks)
+            rows = slice(block * geometry.tile_rows, (block + 1) * geometry.tile_rows)
+            given = None if skip_map is None else (skip_map[index, kv_head, block, order] == SKIPPED).tolist()
+            decided = _decide(
+                tile_max[kv_head, rows],
+                None if log_lambda is None else log_lambda[index, kv_head, rows],
+                item_cut, given, share_max,
+            )  # fmt: skip
+            where = (index, kv_head, block, order)
+            decisions[where] = torch.where(decided.skip, SKIPPED, KEPT).to(torch.uint8)
+            margins[where], least_margins[where] = decided.margin, decided.least_margin
+            kept = _kept_keys(columns, decided.skip)
+            out_rows[index, kv_head, rows], lse_rows[index, kv_head, rows] = _softmax_times(
+                scores[kv_head, rows][:, kept], v_rows[kv_head, kept]
+            )
+    tile_counts = torch.stack([(decisions == KEPT).sum(dim=(2, 3)), (decisions != NOT_VISITED).sum(dim=(2, 3))])
+    out, lse = unpacked_rows(out_rows, seqlen_q), unpacked_rows(lse_rows[..., None], seqlen_q)[..., 0]
+    return DecodeOracle(
+        out, lse.transpose(1, 2).contiguous(), decisions, tile_counts.to(torch.int32), margins, least_margins
+    )
+
+
+def packed_rows(tensor: torch.Tensor, heads_kv: int) -> torch.Tensor:
+    """(batch, seqlen_q, heads_q, n) -> (batch, heads_kv, rows, n): row i * group + g of a KV head is query i of the
+    KV head's g-th query head, group = heads_q / heads_kv."""
+    return tensor.unflatten(2, (heads_kv, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def unpacked_rows(rows: torch.Tensor, seqlen_q: int) -> torch.Tensor:
+    """The inverse of `packed_rows`."""
+    return rows.unflatten(2, (seqlen_q, -1)).transpose(1, 2).flatten(2, 3).contiguous()
+
+
+def visible_keys(seqlen_q: int, seqlen_k: int, window_left: int, window_right: int) -> slice:
+    """The keys from the first to the last that any query of a sequence sees; empty where it has no key."""
+    first = max(seqlen_k - seqlen_q - window_left, 0)
+    return slice(first, max(min(seqlen_k + window_right, seqlen_k), first))
+
+
+def tiles_of(keys: slice, tile_n: int) -> list[int]:
+    """The KV tiles that hold these keys, from the last to the first."""
+    return list(range(-(-keys.stop // tile_n) - 1, keys.start // tile_n - 1, -1)) if keys.stop > keys.start else []
+
+
+def cached_tokens(cache: torch.Tensor, pages: torch.Tensor | None, batch_idx: int, keys: slice) -> torch.Tensor:
+    """(heads_kv, keys, n): the tokens of one sequence, gathered from the pages that hold one of these keys."""
+    if pages is None:
+        return cache[batch_idx, keys].transpose(0, 1)
+    page_size = cache.shape[1]
+    first_page = keys.start // page_size
+    used = pages[first_page : -(-keys.stop // page_size)].tolist()
+    tokens = torch.cat([cache[page] for page in used])
+    return tokens[keys.start - first_page * page_size : keys.stop - first_page * page_size].transpose(0, 1)
+
+
+def _columns(tile: int, keys: slice, tile_n: int) -> slice:
+    """Where a tile's keys lie in a tensor of these keys alone."""
+    return slice(max(tile * tile_n, keys.start) - keys.start, min((tile + 1) * tile_n, keys.stop) - keys.start)
+
+
+def _kept_keys(columns: list[slice], skip: torch.Tensor) -> torch.Tensor:
+    """The indices of the keys of tiles that are not skipped."""
+    kept = [torch.arange(column.start, column.stop) for column, gone in zip(columns, skip, strict=True) if not gone]
+    return torch.cat([torch.arange(0), *kept]).to(skip.device)
+
+
+class _Decided(NamedTuple):
+    skip: torch.Tensor  # bool (positions,)
+    margin: torch.Tensor  # (positions,)
+    least_margin: torch.Tensor
+
+
+def _decide(
+    tile_max: torch.Tensor, log_lambda: torch.Tensor | None, cuts: list[int], given: list[bool] | None, share_max: bool
+) -> _Decided:
+    """Walk the positions of one item, split by split; tile_max (rows, positions), log_lambda (rows,)."""
+    rows, positions = tile_max.shape
+
+    def margin_against(position: int, row_max: torch.Tensor) -> float:
+        return _margin(tile_max[None, None, :, position], row_max[None, None], log_lambda[None, None], rows).item()
+
+    skip = [False] * positions if given is None else given
+    margin = [math.inf] * positions
+    nothing = tile_max.new_full((rows,), -math.inf)
+    published = nothing
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        row_max = nothing
+        for position in range(begin, end):
+            if log_lambda is not None and position > begin:
+                margin[position] = margin_against(position, row_max)
+            if log_lambda is not None and given is None:
+                told = share_max and bool((published > -math.inf).any())
+                known = torch.maximum(row_max, published)
+                skip[position] = (margin_against(position, known) if told else margin[position]) < 0
+            if not skip[position]:
+                row_max = torch.maximum(row_max, tile_max[:, position])
+        published = torch.maximum(published, row_max)
+    least = margin
+    if log_lambda is not None:
+        least = [margin_against(position, published) for position in range(positions)]
+    return _Decided(torch.tensor(skip, device=tile_max.device), tile_max.new_tensor(margin), tile_max.new_tensor(least))
+
+
+def _softmax_times(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of scores (rows, keys) and values (keys, n); 0 and -inf for a row that sees no key."""
+    if scores.shape[1] == 0:
+        return values.new_zeros((scores.shape[0], values.shape[1])), scores.new_full(scores.shape[:1], -math.inf)
+    row_max = scores.amax(dim=-1)
+    weights = torch.exp(scores - torch.where(row_max == -math.inf, 0.0, row_max)[:, None])
+    row_sum = weights.sum(dim=-1)
+    out = weights @ values / torch.where(row_sum == 0, 1.0, row_sum)[:, None]
+    return out, row_max + torch.log(row_sum)

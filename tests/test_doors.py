@@ -23,6 +23,7 @@ DOORS = {
         "cute_sparse.operands",
         "cute_sparse.problem",
         "cute_sparse.reference",
+        "cute_sparse.splits",
         "cute_sparse.threshold",
     },
     "cute_sparse.inputs": {"cute_sparse.problem", "cute_sparse.threshold"},
@@ -32,7 +33,8 @@ DOORS = {
     "cute_sparse.operands": set(),
     "cute_sparse.problem": set(),
     "cute_sparse.threshold": set(),
-    "cute_sparse.reference": {"cute_sparse.problem"},
+    "cute_sparse.reference": {"cute_sparse.problem", "cute_sparse.splits"},
+    "cute_sparse.splits": set(),
     "cute_sparse.calibration": {"cute_sparse.reference", "cute_sparse.threshold", "cute_sparse.problem"},
     "cute_sparse.support": {"cute_sparse.dispatch"},
     "cute_sparse.demo": {

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cute_sparse import reference
+from cute_sparse import reference, splits
 from cute_sparse.problem import TileGeometry
 
 SMALL = TileGeometry(tile_m=32, tile_rows=16, tile_n=24)
@@ -243,3 +243,188 @@ def test_varlen_equals_each_sequence_alone():
         groups, tiles = -(-length_q // 16), -(-length_k // 24)
         assert torch.equal(got.skip_map[index, :, :groups, :tiles], alone.skip_map[0])
         assert got.skip_map[index].sum() == alone.skip_map.sum()
+
+
+# ---- Decode ----
+
+DECODE_SMALL = TileGeometry(tile_m=8, tile_rows=8, tile_n=8)
+LENGTHS = (0, 1, 16, 17, 61, 3)
+# (seqlen_q, window_left, window_right)
+DECODE_BANDS = {
+    "one query": (1, None, 0),
+    "four queries, causal": (4, None, 0),
+    "four queries, full": (4, None, None),
+    "window": (3, 20, 0),
+    "window on both sides": (5, 9, 2),
+    "window of one key": (2, 0, 0),
+}
+SPLITS = {
+    "whole": dict(),
+    "three": dict(num_splits=3),
+    "more than tiles": dict(num_splits=50),
+    "stream-K": dict(ctas=7, min_tiles=2),
+}
+
+
+def make_decode(seqlen_q, heads_q=6, heads_kv=2, head_dim=16, head_dim_v=24, page_size=None, seed=0):
+    """(q, k_cache, v_cache, page_table, k, v): caches, paged or not, and the same tokens as a list per sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(len(LENGTHS), seqlen_q, heads_q, head_dim, generator=generator) * 3
+    k = [torch.randn(length, heads_kv, head_dim, generator=generator) for length in LENGTHS]
+    for tokens in k:
+        tokens[torch.arange(len(tokens)) % 16 < 8] *= 0.1  # every other tile of 8 keys can be skipped
+    v = [torch.randn(length, heads_kv, head_dim_v, generator=generator) for length in LENGTHS]
+    if page_size is None:
+        caches = [torch.full((len(LENGTHS), 64, heads_kv, x[0].shape[2]), math.nan) for x in (k, v)]
+        for index, length in enumerate(LENGTHS):
+            caches[0][index, :length], caches[1][index, :length] = k[index], v[index]
+        return q, *caches, None, k, v
+    pages_per_sequence = 64 // page_size
+    order = torch.randperm(len(LENGTHS) * pages_per_sequence, generator=generator)
+    table = torch.full((len(LENGTHS), pages_per_sequence), -(10**9), dtype=torch.int32)
+    caches = [torch.full((len(order), page_size, heads_kv, x[0].shape[2]), math.nan) for x in (k, v)]
+    for index, length in enumerate(LENGTHS):
+        for page in range(-(-length // page_size)):
+            table[index, page] = number = order[index * pages_per_sequence + page]
+            for cache, tokens in zip(caches, (k[index], v[index]), strict=True):
+                part = tokens[page * page_size : (page + 1) * page_size]
+                cache[number, : len(part)] = part
+    return q, *caches, table, k, v
+
+
+@pytest.mark.parametrize("splitting", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("band", DECODE_BANDS.values(), ids=DECODE_BANDS)
+def test_dense_decode_equals_torch_in_float64(band, page_size, splitting):
+    seqlen_q, left, right = band
+    q, k_cache, v_cache, table, k, v = make_decode(seqlen_q, page_size=page_size)
+    got = reference.decode(
+        q, k_cache, v_cache, seqused_k=LENGTHS, page_table=table, softmax_scale=0.25, window_left=left,
+        window_right=right, geometry=DECODE_SMALL, **splitting,
+    )  # fmt: skip
+    for index, length in enumerate(LENGTHS):
+        mask = visible_pairs(seqlen_q, length, left, right)
+        has_key = mask.any(dim=1)
+        theirs = torch.nn.functional.scaled_dot_product_attention(
+            *(x.double().transpose(0, 1) for x in (q[index], k[index], v[index])),
+            attn_mask=mask, scale=0.25, enable_gqa=True,
+        ).transpose(0, 1)  # fmt: skip
+        torch.testing.assert_close(got.out[index, has_key], theirs[has_key], atol=1e-13, rtol=1e-12)
+        scores = scores_of(q[index, None], k[index][None], 0.25, 0.0)[0].masked_fill(~mask, -math.inf)
+        torch.testing.assert_close(got.lse[index], torch.logsumexp(scores, dim=-1), atol=1e-13, rtol=1e-12)
+        assert (got.out[index, ~has_key] == 0).all() and (got.lse[index, :, ~has_key] == -math.inf).all()
+    assert not (got.skip_map == reference.SKIPPED).any()
+
+
+def brute_force_decode(q, k, v, scale, left, right, softcap, lam, geometry, cuts_of):
+    """The rule, one row and one score at a time; (out, lse, skip maps), lists over sequences.
+
+    cuts_of(sequence, KV head, row block): the positions at which its splits begin, and the end.
+    """
+    outs, lses, maps = [], [], []
+    for b, length in enumerate(LENGTHS):
+        seqlen_q, heads_q, _ = q[b].shape
+        group = heads_q // k[b].shape[1]
+        scores = scores_of(q[b][None], k[b][None], scale, softcap)[0]  # (heads_q, seqlen_q, length)
+        visible = visible_pairs(seqlen_q, length, left, right)
+        seen = visible.any(dim=0).nonzero().flatten().tolist()
+        tiles = list(range(seen[-1] // geometry.tile_n, seen[0] // geometry.tile_n - 1, -1)) if seen else []
+        kept_keys = torch.zeros(heads_q, seqlen_q, length, dtype=torch.bool)
+        numbers, sees = scores.tolist(), visible.tolist()
+        rows = [(i, g) for i in range(seqlen_q) for g in range(group)]
+        blocks = [rows[start : start + geometry.tile_rows] for start in range(0, len(rows), geometry.tile_rows)]
+        skip_map = torch.zeros(k[b].shape[1], len(blocks), -(-64 // geometry.tile_n), dtype=torch.uint8)
+        for head in range(k[b].shape[1]):
+            for block, members in enumerate(blocks):
+                cuts = cuts_of(b, head, block) if tiles else []
+                running = {}
+                for position, tile in enumerate(tiles):
+                    keys = range(tile * geometry.tile_n, min((tile + 1) * geometry.tile_n, length))
+                    if position in cuts:
+                        running = {member: -math.inf for member in members}
+                    votes = {}
+                    for i, g in members:
+                        h = head * group + g
+                        highest = max((numbers[h][i][j] for j in keys if sees[i][j]), default=-math.inf)
+                        below = highest - running[i, g] < math.log(lam[b][h]) if running[i, g] > -math.inf else False
+                        votes[i, g] = highest, highest == -math.inf or below
+                    skip = position not in cuts and all(vote for _, vote in votes.values())
+                    skip_map[head, block, tile] = 2 if skip else 1
+                    for i, g in [] if skip else members:
+                        running[i, g] = max(running[i, g], votes[i, g][0])
+                        for j in keys:
+                            kept_keys[head * group + g, i, j] = sees[i][j]
+        kept_scores = scores.masked_fill(~kept_keys, -math.inf)
+        lse = torch.logsumexp(kept_scores, dim=-1)
+        weights = torch.exp(kept_scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v[b].double().repeat_interleave(group, dim=1)))
+        lses.append(lse)
+        maps.append(skip_map)
+    return torch.stack(outs), torch.stack(lses), torch.stack(maps)
+
+
+@pytest.mark.parametrize("splitting", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("band", DECODE_BANDS.values(), ids=DECODE_BANDS)
+def test_decode_decisions_and_output_equal_the_loop_over_single_scores(band, splitting):
+    seqlen_q, left, right = band
+    q, k_cache, v_cache, table, k, v = make_decode(seqlen_q, page_size=16, seed=1)
+    lam = torch.linspace(0.05, 1.0, len(LENGTHS) * 6).reshape(-1, 6)
+    got = reference.decode(
+        q, k_cache, v_cache, seqused_k=LENGTHS, page_table=table, softmax_scale=0.25, window_left=left,
+        window_right=right, softcap=5.0, threshold=lam, geometry=DECODE_SMALL, **splitting,
+    )  # fmt: skip
+    row_blocks = got.skip_map.shape[2]
+    visited = [max(int((got.skip_map[b, 0, 0] > 0).sum()), 1) for b in range(len(LENGTHS))]
+    positions = [count for count in visited for _ in range(2 * row_blocks)]
+    plan = dict(num_splits=0, ctas=1, min_tiles=1) | splitting
+    cuts = splits.item_cuts(positions, **plan)
+    out, lse, skip_map = brute_force_decode(
+        q, k, v, 0.25, left, right, 5.0, lam.tolist(), DECODE_SMALL,
+        lambda b, head, block: cuts[(b * 2 + head) * row_blocks + block],
+    )  # fmt: skip
+    assert torch.equal(got.skip_map, skip_map)
+    torch.testing.assert_close(got.out, out, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(got.lse, lse, atol=1e-12, rtol=1e-12)
+    assert torch.equal(got.tile_counts[0], (skip_map == 1).sum((2, 3)).int())
+    assert torch.equal(got.tile_counts[1], (skip_map > 0).sum((2, 3)).int())
+    if splitting.get("num_splits", 0) < 50 and left is None:  # with as many splits, every tile is a split's first
+        assert (skip_map == reference.SKIPPED).any()
+    replayed = reference.decode(
+        q, k_cache, v_cache, seqused_k=LENGTHS, page_table=table, softmax_scale=0.25, window_left=left,
+        window_right=right, softcap=5.0, threshold=lam, geometry=DECODE_SMALL, skip_map=skip_map, **splitting,
+    )  # fmt: skip
+    assert torch.equal(replayed.out, got.out)
+    decided = ~replayed.margin.isnan()
+    assert torch.equal(decided, skip_map > 0) and torch.equal((replayed.margin < 0)[decided], (skip_map == 2)[decided])
+
+
+def test_splits_that_share_their_maxima_skip_more_and_within_the_bound():
+    q, k_cache, v_cache, table, _, _ = make_decode(2, page_size=16)
+    options = dict(
+        seqused_k=LENGTHS, page_table=table, softmax_scale=0.25, window_right=0, threshold=torch.tensor(0.5),
+        geometry=TileGeometry(tile_m=8, tile_rows=8, tile_n=4), num_splits=4,
+    )  # fmt: skip
+    alone = reference.decode(q, k_cache, v_cache, **options)
+    shared = reference.decode(q, k_cache, v_cache, **options, share_max=True)
+    skipped_alone, skipped = alone.skip_map == reference.SKIPPED, shared.skip_map == reference.SKIPPED
+    assert skipped_alone.sum() < skipped.sum()
+    assert (shared.least_margin[skipped] < 0).all()
+    kept = shared.skip_map == reference.KEPT
+    assert (shared.margin[kept] >= 0).all()
+    assert (skipped & (shared.margin == math.inf)).any(), "a split that was told of a maximum skips its first tile"
+
+
+def test_decode_reads_no_key_that_no_query_sees():
+    """Neither behind the length, nor before the window, nor in a tile that is skipped: NaN there goes nowhere."""
+    q, k_cache, v_cache, table, _, _ = make_decode(2, page_size=16)
+    options = dict(
+        seqused_k=LENGTHS, page_table=table, softmax_scale=0.25, window_left=30, window_right=0,
+        threshold=torch.tensor(0.3), geometry=DECODE_SMALL,
+    )  # fmt: skip
+    before = reference.decode(q, k_cache, v_cache, **options)
+    index, (head, _, tile) = 4, (before.skip_map[4] == reference.SKIPPED).nonzero()[0].tolist()
+    first_key = LENGTHS[index] - 2 - 30
+    for key in [*range(first_key), *range(tile * 8, tile * 8 + 8)]:
+        v_cache[table[index, key // 16], key % 16, head] = math.nan
+    table[index, 0] = 10**6  # keys 0 to 15 are left of the window
+    assert first_key >= 16 and torch.equal(reference.decode(q, k_cache, v_cache, **options).out, before.out)
