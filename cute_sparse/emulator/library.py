@@ -29,6 +29,12 @@ class Core:
         lib.emulator_record.argtypes = [ctypes.c_int]
         lib.emulator_recorded_ptx.restype = ctypes.c_void_p
         lib.emulator_replay.argtypes = [text, ctypes.c_int, u64]
+        lib.emulator_trace.argtypes = [ctypes.c_int64]
+        lib.emulator_traced_launches.restype = ctypes.c_size_t
+        lib.emulator_traced_clusters.argtypes = [ctypes.c_size_t]
+        lib.emulator_traced_clusters.restype = ctypes.c_size_t
+        lib.emulator_estimate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, text, ctypes.c_int]
+        lib.emulator_estimate.restype = ctypes.c_void_p
         lib.emulator_launch_count.restype = ctypes.c_size_t
         lib.emulator_launch.argtypes = [ctypes.c_size_t]
         lib.emulator_launch.restype = ctypes.c_void_p
@@ -77,6 +83,23 @@ class Core:
         if status > 1:
             raise self.take_error() from None
         return status == 0
+
+    def trace(self, cluster: int) -> None:
+        """From now on launches are traced: one cluster of each, all (-1), or none (-2), which forgets the traces."""
+        self._lib.emulator_trace(cluster)
+
+    def traced_launches(self) -> int:
+        return self._lib.emulator_traced_launches()
+
+    def traced_clusters(self, launch: int) -> int:
+        return self._lib.emulator_traced_clusters(launch)
+
+    def estimate(self, launch: int, cluster: int, settings: str, events: bool) -> dict:
+        """The timing of a traced cluster as core/timing.h describes it."""
+        pointer = self._lib.emulator_estimate(launch, cluster, settings.encode(), events)
+        if pointer is None:
+            raise self.take_error()
+        return json.loads(self._text(pointer))
 
     def launch_count(self) -> int:
         return self._lib.emulator_launch_count()

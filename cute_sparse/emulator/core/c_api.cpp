@@ -1,59 +1,19 @@
 #include "c_api.h"
 
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 
+#include "json.h"
 #include "session.h"
 
 namespace emu {
 
 namespace {
 
-// Writes one JSON value after another; commas are set by `separate`.
-class Json {
- public:
-  std::string text;
-
-  Json& begin(char bracket) { separate(); text += bracket; fresh_ = true; return *this; }
-  Json& end(char bracket) { text += bracket; fresh_ = false; return *this; }
-  Json& key(const std::string& name) { separate(); quote(name); text += ':'; fresh_ = true; return *this; }
-  Json& string(const std::string& value) { separate(); quote(value); return *this; }
-  Json& number(int64_t value) { separate(); text += std::to_string(value); return *this; }
-  Json& real(double value) {
-    separate();
-    char buffer[32];
-    std::snprintf(buffer, sizeof buffer, "%.9g", value);
-    text += buffer;
-    return *this;
-  }
-  Json& dims(const Dim3& d) { return begin('[').number(d.x).number(d.y).number(d.z).end(']'); }
-
- private:
-  bool fresh_ = true;
-
-  void separate() {
-    if (!fresh_) text += ',';
-    fresh_ = false;
-  }
-  void quote(const std::string& value) {
-    text += '"';
-    for (unsigned char c : value) {
-      if (c == '"' || c == '\\') {
-        text += '\\';
-        text += char(c);
-      } else if (c < 0x20) {
-        char buffer[8];
-        std::snprintf(buffer, sizeof buffer, "\\u%04x", c);
-        text += buffer;
-      } else {
-        text += char(c);
-      }
-    }
-    text += '"';
-  }
-};
+Json& write_dims(Json& json, const Dim3& d) {
+  return json.begin('[').number(d.x).number(d.y).number(d.z).end(']');
+}
 
 struct Times { uint64_t issued = 0, executed = 0; };
 
@@ -102,8 +62,10 @@ char* owned_by_caller(const std::string& text) {
 std::string launch_as_json(const LaunchRecord& record) {
   Json json;
   json.begin('{').key("kernel").string(record.kernel);
-  json.key("grid").dims(record.config.grid).key("block").dims(record.config.block);
-  json.key("cluster").dims(record.config.cluster).key("shared_bytes").number(record.shared_bytes);
+  write_dims(json.key("grid"), record.config.grid);
+  write_dims(json.key("block"), record.config.block);
+  write_dims(json.key("cluster"), record.config.cluster);
+  json.key("shared_bytes").number(record.shared_bytes);
   json.key("seconds").real(record.seconds).key("warp_instructions").number(int64_t(record.warp_instructions));
   json.key("unheard").begin('[');
   for (const uint32_t k : record.unheard) json.number(record.program->text->statements[k].line);
