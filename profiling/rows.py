@@ -2,14 +2,15 @@
 
 A row is one number: its median and quantiles over repeated runs (all three equal where there was one).
 
-    op        "prefill"
+    op        "prefill", "decode"; "host" for what a call costs the host (profiling/host.py)
     provider  whose code ran: "cute_sparse", or a peer's name (profiling/peers.py); "gpu" for the machine's own state
     case      name of a case (profiling/bench.py)
     mode      "dense" on random input; on structured input "structured, dense", or "sparsity 0.75": that share of the
               tiles was to be skipped
     metric    time (ms), rate (TFLOP/s of the dense work), error (relative L2 against fp32, same tiles),
               error_dense (the same against all tiles), sparsity (share skipped of the tiles visited),
-              threshold (lambda), sm_clock (MHz), memory_clock (MHz), power (W), temperature (C)
+              threshold (lambda), import, first_call (s), host_time (us per warm call), sm_clock (MHz),
+              memory_clock (MHz), power (W), temperature (C)
     gpu, driver, torch, cutlass_dsl, commit, time    where, with what and when; rows of one run share their time
 """
 
@@ -30,6 +31,9 @@ UNITS = {
     "error_dense": "relative L2",
     "sparsity": "share",
     "threshold": "lambda",
+    "import": "s",
+    "first_call": "s",
+    "host_time": "us",
     "sm_clock": "MHz",
     "memory_clock": "MHz",
     "power": "W",
