@@ -5,14 +5,16 @@ Steps, each a process of its own with a time limit, its output in DIR/log.txt; o
   1. the tests marked gpu: every kernel case against the oracle
   2. the emulator against silicon
   3. compute-sanitizer on one case of every head dim, dense and skipping
-  4. the benchmark's tables beside the peers, one case a step
-  5. sparsity at 64K
-  6. Nsight Compute on one dense and one skipping case
+  4. what a call costs the host
+  5. the benchmark's tables beside the peers, one case a step
+  6. sparsity at 64K
+  7. Nsight Compute on one dense and one skipping case
 A call takes at most --budget seconds (9 minutes), and the next one goes on: DIR/state.json says which steps have ended
 with these sources. A step that has not ended in its limit, or that the budget cut off, is tried again; one that failed
 is not, unless named with --again. Steps of which the rest of the budget holds less than half the limit wait for the
 next call. Nothing is installed. DIR (profiling/results/<gpu> by default) holds at most 8 files of less than 16 MiB:
-state.json, log.txt, prefill.jsonl and the profiler's. A DIR without a state begins as a copy of the default folder.
+state.json, log.txt, host.jsonl, prefill.jsonl and the profiler's. A DIR without a state begins as a copy of the
+default folder.
 
 Exit status: 0 when every step has ended and passed; 1 when one has failed; 3 when steps are left; 2 for no GPU.
 --dry-run prints the steps, what each needs and whether it is here, and runs none.
@@ -70,6 +72,7 @@ def steps(python: str = sys.executable) -> list[Step]:
         Step("tests-silicon", (*tests, "tests/emulator/test_silicon.py"), 300.0),
     ]
     found += [sanitizer(python, case) for case in bench.SMALL]
+    found.append(Step("host", (python, "-m", "profiling.host", "--out", "{out}"), 120.0))
     by_worth = dict.fromkeys([*BENCH_CASES_BY_WORTH, *bench.TABLES])
     found += [Step(f"bench-{case}", bench_command(python, case), 150.0) for case in by_worth]
     found += [

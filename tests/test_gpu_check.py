@@ -179,7 +179,7 @@ def test_the_steps_are_ordered_by_worth_and_cover_every_table():
     assert names[:3] == ["tests", "tests-silicon", "memcheck-small-d64"]
     assert {f"bench-{case}" for case in bench.TABLES} <= set(names)
     kinds = [name.split("-")[0] for name in names]
-    assert sorted(set(kinds), key=kinds.index) == ["tests", "memcheck", "bench", "ncu"]
+    assert sorted(set(kinds), key=kinds.index) == ["tests", "memcheck", "host", "bench", "ncu"]
     assert names.index("bench-d128-64k-causal-sparsity") > max(names.index(f"bench-{case}") for case in bench.TABLES)
     for step in gpu_check.steps("python3"):
         assert step.limit_s <= gpu_check.BUDGET_S
@@ -192,7 +192,7 @@ def test_the_benchmarks_steps_are_requests_that_the_benchmark_takes():
 
 
 def test_the_results_are_at_most_eight_files():
-    written = {gpu_check.STATE, gpu_check.LOG, "prefill.jsonl"}
+    written = {gpu_check.STATE, gpu_check.LOG, "host.jsonl", "prefill.jsonl", "decode.jsonl"}
     written |= {f"{step.name}.txt" for step in gpu_check.steps() if step.name.startswith("ncu")}
     assert len(written) <= gpu_check.FILES_MAX
 
