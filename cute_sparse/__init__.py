@@ -12,8 +12,10 @@ __version__ = "0.1.0"
 _HOME = {
     "attention": "api",
     "attention_varlen": "api",
+    "decode": "api",
     "AttentionOutput": "api",
     "Stats": "api",
+    "DecodeStats": "api",
     "warmup": "dispatch",
     "emulated": "dispatch",
     "support_matrix": "dispatch",

@@ -1,4 +1,4 @@
-"""The public functions: `attention` and `attention_varlen`."""
+"""The public functions: `attention`, `attention_varlen` and `decode`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class AttentionOutput(NamedTuple):
 
     out    like q, with v's head dim
     lse    fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q): natural log of the sum of the kept exponentials
-    stats  `Stats`
+    stats  `Stats`, or of a decode call `DecodeStats`
     """
 
     out: torch.Tensor
     lse: torch.Tensor | None
-    stats: Stats | None
+    stats: Stats | DecodeStats | None
 
 
 def attention(
@@ -120,6 +120,85 @@ def attention_varlen(
     )  # fmt: skip
     result = plan.run(q, k, v, out, threshold, cu_seqlens_q, cu_seqlens_k)
     return _answer(result, plan.geometry, return_lse, return_stats)
+
+
+class DecodeStats(NamedTuple):
+    """What a threshold did in a decode call.
+
+    tile_counts  int32 (2, batch, heads_kv): tiles kept, tiles visited (kept or skipped)
+    skip_map     uint8 (batch, heads_kv, row blocks, ceil(capacity / geometry.tile_n)): 0 not visited, 1 kept, 2 skipped
+    geometry     how many packed rows decide together over which tiles. Row i * group + g of a KV head is query i of the
+                 g-th of its query heads; there are ceil(seqlen_q * group / geometry.tile_rows) row blocks
+    v_tile_bytes bytes of V in a tile
+    """
+
+    tile_counts: torch.Tensor
+    skip_map: torch.Tensor
+    geometry: TileGeometry
+    v_tile_bytes: int
+
+    @property
+    def v_bytes_not_read(self) -> torch.Tensor:
+        """int64 (batch, heads_kv): of the tiles that were skipped."""
+        kept, visited = self.tile_counts.long()
+        return (visited - kept) * self.v_tile_bytes
+
+
+def decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    seqused_k: torch.Tensor,
+    page_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
+    threshold: float | torch.Tensor | None = None,
+    num_splits: int | None = None,
+    share_max: bool = False,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    return_stats: bool = False,
+) -> torch.Tensor | AttentionOutput:
+    """Attention of a few new queries over cached keys; where a threshold skips a tile, its V is not read.
+
+    q          (batch, seqlen_q, heads_q, head_dim), seqlen_q from 1 to 16, the last tokens of each sequence
+    k_cache, v_cache  (batch, capacity, heads_kv, head_dim[_v]), or where there is a page_table, (pages, page_size,
+               heads_kv, head_dim[_v]) with pages of 16, 32, 64, 128 or 256 tokens
+    seqused_k  int32 (batch,): keys of each sequence, those of q included
+    page_table int32 (batch, max pages): where each sequence's tokens lie. Sequences may share pages; entries behind a
+               sequence's length, or before its window, are not used and may hold anything.
+    causal     query i sees the keys up to i + seqused_k - seqlen_q
+    threshold  as for `attention`, one decision for all queries and query heads of a KV head together (in blocks of
+               rows, see `DecodeStats`), for each split apart
+    num_splits parts into which the tiles of each KV head are cut, to be computed side by side; at most as many as there
+               are tiles. None: the tiles of the whole batch are spread evenly over the device. Each part has a running
+               maximum of its own, and keeps its first tile.
+    share_max  parts tell each other their running maxima, and so skip more. Who hears of what depends on timing:
+               results then vary from run to run, within what the threshold allows. Otherwise they do not.
+    return_stats  `AttentionOutput.stats` is a `DecodeStats`
+    The other arguments are `attention`'s. lse is (batch, heads_q, seqlen_q).
+
+    Lengths, page table and a threshold tensor may be updated between CUDA-graph replays. On a GPU their values are not
+    checked, because that would wait for the device: a length counts as at least 0 and at most the capacity, and a page
+    that does not exist reads as zeros. On a CPU they are a ValueError.
+    """
+    plan = dispatch.plan_decode(
+        q, k_cache, v_cache,
+        seqused_k=seqused_k, page_table=page_table, softmax_scale=softmax_scale, causal=causal,
+        window_size=window_size, softcap=softcap, threshold=threshold, num_splits=num_splits, share_max=share_max,
+        out=out, return_lse=return_lse, return_stats=return_stats,
+    )  # fmt: skip
+    out, lse, tile_counts, skip_map = plan.run(q, k_cache, v_cache, out, threshold, seqused_k, page_table)
+    if not (return_lse or return_stats):
+        return out
+    stats = None
+    if return_stats:
+        v_tile_bytes = plan.geometry.tile_n * v_cache.shape[-1] * v_cache.element_size()
+        stats = DecodeStats(tile_counts, skip_map, plan.geometry, v_tile_bytes)
+    return AttentionOutput(out, lse, stats)
 
 
 def _answer(result: tuple, geometry: TileGeometry, return_lse: bool, return_stats: bool):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from cute_sparse import compiled, inputs, reference, threshold
-from cute_sparse.inputs import Request
+from cute_sparse import compiled, inputs, reference, splits, threshold
+from cute_sparse.inputs import DecodeRequest, Request
 from cute_sparse.launch import Launcher
-from cute_sparse.operands import PREFILL
-from cute_sparse.problem import Problem, check_supported
+from cute_sparse.operands import DECODE, PREFILL, Operand
+from cute_sparse.problem import Problem, UnsupportedProblem, check_supported
 
 DEVICE_VARIABLE = "CUTE_SPARSE_DEVICE"
 # Capability -> architecture to compile for; architecture -> the room with its kernels.
@@ -33,8 +34,16 @@ ROOM_OF_ARCH = {
 CHOOSE_OPTIONS = {"sm_103a": {"arch": "sm_103a"}}  # for the room that serves two architectures
 PLANS_MAX = 4096  # then all are forgotten; a server's shapes repeat
 
-PREFILL_POINTERS = tuple(operand.name for operand in PREFILL if operand.type == "pointer")
-assert PREFILL_POINTERS == tuple(operand.name for operand in PREFILL[: len(PREFILL_POINTERS)])
+
+
+def _pointers(operands: tuple[Operand, ...]) -> tuple[str, ...]:
+    names = tuple(operand.name for operand in operands if operand.type == "pointer")
+    assert names == tuple(operand.name for operand in operands[: len(names)])
+    return names
+
+
+OPERANDS = {"prefill": PREFILL, "decode": DECODE}
+PREFILL_POINTERS, DECODE_POINTERS = _pointers(PREFILL), _pointers(DECODE)
 
 
 class Result(NamedTuple):
@@ -48,21 +57,33 @@ class Result(NamedTuple):
 
 # ---- Plans -------------------------------------------------------------------------------------------------------
 
-_plans: dict[tuple, ReferencePlan | KernelPlan] = {}
+_plans: dict[tuple, object] = {}
 
 
 def plan_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> ReferencePlan | KernelPlan:
     """The plan for a prefill call; `options` are those of `inputs.check_attention`. Raises what that raises."""
+    return _planned("prefill", inputs.check_attention, _make_plan, q, k, v, options)
+
+
+def plan_decode(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **options
+) -> DecodeReferencePlan | DecodeKernelPlan:
+    """The plan for a decode call; `options` are those of `inputs.check_decode`. Raises what that raises."""
+    return _planned("decode", inputs.check_decode, _make_decode_plan, q, k_cache, v_cache, options)
+
+
+def _planned(kind: str, check: Callable, make: Callable, q, k, v, options: dict):
+    """The plan kept for such tensors and options, or one made from the request that `check` returns."""
     try:
         key = (
-            _identity(q), _identity(k), _identity(v), torch.is_grad_enabled(), _emulation,
+            kind, _identity(q), _identity(k), _identity(v), torch.is_grad_enabled(), _emulation,
             *[_identity(value) if isinstance(value, torch.Tensor) else value for value in options.values()],
         )  # fmt: skip
         plan = _plans.get(key)
     except (TypeError, AttributeError):  # not tensors, or not hashable: the check says what is wrong, if anything
         key = plan = None
     if plan is None:
-        plan = _make_plan(inputs.check_attention(q, k, v, **options))
+        plan = make(check(q, k, v, **options))
         if key is not None:
             if len(_plans) >= PLANS_MAX:
                 _plans.clear()
@@ -84,7 +105,13 @@ def _make_plan(request: Request) -> ReferencePlan | KernelPlan:
     return ReferencePlan(request) if target is None else KernelPlan(request, target)
 
 
-def _without_tensors(request: Request) -> Request:
+def _make_decode_plan(request: DecodeRequest) -> DecodeReferencePlan | DecodeKernelPlan:
+    target = _target(request.device)
+    request = _without_tensors(request)
+    return DecodeReferencePlan(request) if target is None else DecodeKernelPlan(request, target)
+
+
+def _without_tensors(request: Request | DecodeRequest) -> Request | DecodeRequest:
     if request.threshold is None or request.threshold.tensor is None:
         return request
     return replace(request, threshold=request.threshold._replace(tensor=None))
@@ -100,24 +127,7 @@ class ReferencePlan:
 
     def run(self, q, k, v, out, given_threshold, cu_seqlens_q, cu_seqlens_k) -> Result:
         request, problem = self.request, self.request.problem
-        lambdas = None
-        if isinstance(given_threshold, torch.Tensor):
-            threshold.check_values(given_threshold)
-            form = request.threshold
-            lambdas = given_threshold.as_strided(
-                (request.batch, request.heads_q), (form.stride_batch, form.stride_head)
-            )
-        elif given_threshold is not None:
-            lambdas = torch.full((request.batch, request.heads_q), float(given_threshold), dtype=torch.float64)
-        options = dict(
-            softmax_scale=request.softmax_scale,
-            window_left=request.window_left if problem.mask == "band" else None,
-            window_right=None if problem.mask == "full" else request.window_right,
-            softcap=request.softcap,
-            threshold=lambdas,
-            geometry=self.geometry,
-            dtype=torch.float32,
-        )
+        options = _reference_options(request, given_threshold, self.geometry)
         if problem.varlen:
             _check_varlen_values(request, cu_seqlens_q, cu_seqlens_k)
             options |= dict(cu_seqlens_q=cu_seqlens_q.tolist(), cu_seqlens_k=cu_seqlens_k.tolist())
@@ -125,11 +135,58 @@ class ReferencePlan:
             computed = reference.attention_varlen(q, k, v, **options)
         else:
             computed = reference.attention(q, k, v, **options)
-        out = computed.out.to(q.dtype) if out is None else out.copy_(computed.out)
-        lse = computed.lse.float() if problem.return_lse else None
-        if not problem.return_stats:
-            return Result(out, lse, None, None)
-        return Result(out, lse, computed.tile_counts, computed.skip_map)
+        return _reference_result(computed, problem, q, out)
+
+
+def _reference_options(request: Request | DecodeRequest, given_threshold, geometry) -> dict:
+    """What `reference.attention` and `reference.decode` are given alike."""
+    problem = request.problem
+    lambdas = None
+    if isinstance(given_threshold, torch.Tensor):
+        threshold.check_values(given_threshold)
+        form = request.threshold
+        lambdas = given_threshold.as_strided((request.batch, request.heads_q), (form.stride_batch, form.stride_head))
+    elif given_threshold is not None:
+        lambdas = torch.full((request.batch, request.heads_q), float(given_threshold), dtype=torch.float64)
+    return dict(
+        softmax_scale=request.softmax_scale,
+        window_left=request.window_left if problem.mask == "band" else None,
+        window_right=None if problem.mask == "full" else request.window_right,
+        softcap=request.softcap,
+        threshold=lambdas,
+        geometry=geometry,
+        dtype=torch.float32,
+    )
+
+
+def _reference_result(computed, problem: Problem, q: torch.Tensor, out: torch.Tensor | None) -> Result:
+    out = computed.out.to(q.dtype) if out is None else out.copy_(computed.out)
+    lse = computed.lse.float() if problem.return_lse else None
+    if not problem.return_stats:
+        return Result(out, lse, None, None)
+    return Result(out, lse, computed.tile_counts, computed.skip_map)
+
+
+class DecodeReferencePlan:
+    """The oracle on the CPU, in float32, with Hopper's tiles for head dim 128; not split unless `num_splits` says so.
+
+    With share_max, the splits of an item run one after the other.
+    """
+
+    geometry = reference.DECODE_GEOMETRY
+
+    def __init__(self, request: DecodeRequest) -> None:
+        self.request = request
+
+    def run(self, q, k_cache, v_cache, out, given_threshold, seqused_k, page_table) -> Result:
+        request = self.request
+        inputs.check_decode_values(request, seqused_k, page_table)
+        computed = reference.decode(
+            q, k_cache, v_cache,
+            seqused_k=seqused_k.tolist(), page_table=page_table, num_splits=request.num_splits,
+            share_max=request.problem.share_max, **_reference_options(request, given_threshold, self.geometry),
+        )  # fmt: skip
+        return _reference_result(computed, request.problem, q, out)
 
 
 def _check_varlen_values(request: Request, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> None:
@@ -144,7 +201,7 @@ class KernelPlan:
     def __init__(self, request: Request, target: Target) -> None:
         self.request = request
         self.target = target
-        kernel = compiled_prefill(request.problem, target)
+        kernel = compiled_kernel(request.problem, target)
         self.launcher = kernel.launcher
         self.geometry = kernel.config.geometry
         self.out_shape, self.lse_shape = request.out_shape, request.lse_shape
@@ -195,36 +252,131 @@ class KernelPlan:
         if self._constants is None:  # the same at every run: strides are part of what a plan is made for
             self._constants = _prefill_constants(self, *tensors[:4])
         target = self.target
-        with target.ready(tensors):
+        with target.ready(PREFILL_POINTERS, tensors):
             stream = target.stream()
+            work_counter = target.zeroed(stream, WORK_COUNTER_BYTES)
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-            self.launcher((*addresses, target.work_counter(stream), *self._constants), stream)
+            self.launcher((*addresses, work_counter.data_ptr(), *self._constants), stream)
 
 
-def _prefill_constants(plan: KernelPlan, q, k, v, out) -> tuple[int | float, ...]:
-    """The operands of a plan after the pointers, in PREFILL's order; only the strides need the tensors."""
-    request = plan.request
-    form = request.threshold
-    values = {
-        name: getattr(request, name)
-        for name in (
-            "batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "total_q", "total_k",
-            "window_left", "window_right", "softmax_scale", "softcap",
-        )
-    }  # fmt: skip
-    values |= {
+def _common_constants(plan: KernelPlan | DecodeKernelPlan) -> dict[str, int | float]:
+    """The operands that both kinds of kernel have, by name."""
+    request, form = plan.request, plan.request.threshold
+    names = "batch heads_q heads_kv seqlen_q window_left window_right softmax_scale softcap"
+    return {name: getattr(request, name) for name in names.split()} | {
         "threshold_stride_batch": form.stride_batch if form else 0,
         "threshold_stride_head": form.stride_head if form else 0,
         "threshold_log2": form.log2 if form else 0.0,
         "map_rows": plan.map_shape[2],
         "map_cols": plan.map_shape[3],
     }
+
+
+def _prefill_constants(plan: KernelPlan, q, k, v, out) -> tuple[int | float, ...]:
+    """The operands of a plan after the pointers, in PREFILL's order; only the strides need the tensors."""
+    request = plan.request
+    values = _common_constants(plan)
+    values |= {name: getattr(request, name) for name in ("seqlen_k", "total_q", "total_k")}
     for name, tensor in {"q": q, "k": k, "v": v, "out": out}.items():
         *batch_stride, seq_stride, head_stride, _ = tensor.stride()
         values[f"{name}_stride_batch"] = batch_stride[0] if batch_stride else 0
         values[f"{name}_stride_seq"] = seq_stride
         values[f"{name}_stride_head"] = head_stride
     return tuple(values[operand.name] for operand in PREFILL[len(PREFILL_POINTERS) :])
+
+
+WORK_COUNTER_BYTES = 8
+SHARED_MAX_ALIGN_BYTES = 128  # of shared_max behind arrivals: a cache line of its own
+
+
+class DecodeKernelPlan:
+    """A compiled decode kernel with every operand but the addresses filled in. Nothing here depends on lengths."""
+
+    def __init__(self, request: DecodeRequest, target: Target) -> None:
+        self.request = request
+        self.target = target
+        kernel = compiled_kernel(request.problem, target)
+        self.launcher, config = kernel.launcher, kernel.config
+        self.geometry = config.geometry
+        problem = request.problem
+        row_blocks = -(-request.rows // self.geometry.tile_rows)
+        map_cols = -(-request.capacity // self.geometry.tile_n)
+        self.out_shape, self.lse_shape = request.out_shape, request.lse_shape
+        self.counts_shape = (2, request.batch, request.heads_kv)
+        self.map_shape = (request.batch, request.heads_kv, row_blocks, map_cols)
+        self.return_lse, self.return_stats = problem.return_lse, problem.return_stats
+        self.nothing_to_write = 0 in self.out_shape
+        self.nothing_to_read = request.capacity == 0 or request.blocks == 0
+        self.values_are_near = request.device.type == "cpu"  # in the emulator
+        items = request.batch * request.heads_kv * row_blocks
+        # An item has at most map_cols tiles, and so at most as many parts.
+        self.num_splits = min(request.num_splits, max(map_cols, 1))
+        self.slot_rows = min(request.rows, self.geometry.tile_rows)
+        self.partial_slots = splits.partial_slots(items, target.sms, self.num_splits)
+        self.partials_shape = (self.partial_slots * self.slot_rows * (problem.head_dim_v + 2),)
+        arrivals_bytes = 4 * items
+        self.shared_max_offset = -(-arrivals_bytes // SHARED_MAX_ALIGN_BYTES) * SHARED_MAX_ALIGN_BYTES
+        self.zeroed_bytes = arrivals_bytes
+        if problem.share_max:
+            self.zeroed_bytes = self.shared_max_offset + 4 * items * self.slot_rows
+        self._constants: tuple[int | float, ...] | None = None
+
+    def run(self, q, k_cache, v_cache, out, given_threshold, seqused_k, page_table) -> Result:
+        threshold_tensor = given_threshold if isinstance(given_threshold, torch.Tensor) else None
+        if self.values_are_near:
+            inputs.check_decode_values(self.request, seqused_k, page_table)
+            if threshold_tensor is not None:
+                threshold.check_values(threshold_tensor)
+        if out is None:
+            out = q.new_empty(self.out_shape)
+        lse = q.new_empty(self.lse_shape, dtype=torch.float32) if self.return_lse else None
+        tile_counts = skip_map = None
+        if self.return_stats:
+            tile_counts = q.new_zeros(self.counts_shape, dtype=torch.int32)
+            skip_map = q.new_zeros(self.map_shape, dtype=torch.uint8)
+        if self.nothing_to_write:
+            pass
+        elif self.nothing_to_read:
+            out.zero_()
+            if lse is not None:
+                lse.fill_(-torch.inf)
+        else:
+            self._launch((
+                q, k_cache, v_cache, out, lse, threshold_tensor, seqused_k, page_table, tile_counts, skip_map,
+                q.new_empty(self.partials_shape, dtype=torch.float32),
+            ))  # fmt: skip
+        return Result(out, lse, tile_counts, skip_map)
+
+    def _launch(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """Launch with the tensors of DECODE's pointers, all but the last two."""
+        if self._constants is None:
+            self._constants = _decode_constants(self, *tensors[:4], page_table=tensors[7])
+        target = self.target
+        with target.ready(DECODE_POINTERS, tensors):
+            stream = target.stream()
+            zeroed = target.zeroed(stream, self.zeroed_bytes)
+            arrivals = zeroed.data_ptr()
+            shared_max = arrivals + self.shared_max_offset if self.request.problem.share_max else 0
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            self.launcher((*addresses, arrivals, shared_max, *self._constants), stream)
+
+
+def _decode_constants(plan: DecodeKernelPlan, q, k, v, out, page_table) -> tuple[int | float, ...]:
+    """The operands of a plan after the pointers, in DECODE's order; only the strides need the tensors."""
+    request = plan.request
+    values = _common_constants(plan) | {
+        "capacity": request.capacity,
+        "blocks": request.blocks,
+        "page_table_stride": 0 if page_table is None else page_table.stride(0),
+        "partial_slots": plan.partial_slots,
+        "slot_rows": plan.slot_rows,
+        "num_splits": plan.num_splits,
+        "ctas": plan.target.sms,
+    }
+    for name, outermost, tensor in (("q", "batch", q), ("k", "block", k), ("v", "block", v), ("out", "batch", out)):
+        strides = zip((outermost, "seq", "head"), tensor.stride(), strict=False)
+        values |= {f"{name}_stride_{mode}": stride for mode, stride in strides}
+    return tuple(values[operand.name] for operand in DECODE[len(DECODE_POINTERS) :])
 
 
 # ---- Where it runs -----------------------------------------------------------------------------------------------
@@ -237,21 +389,22 @@ class GpuTarget:
 
     def __init__(self, index: int, arch: str) -> None:
         self.index, self.arch = index, arch
-        self._counters = WorkCounters(torch.device("cuda", index))
+        self.sms = torch.cuda.get_device_properties(index).multi_processor_count
+        self._memory = ZeroedMemory(torch.device("cuda", index))
 
     @contextlib.contextmanager
     def _switched(self) -> Iterator[None]:
         with torch.cuda.device(self.index):
             yield
 
-    def ready(self, tensors) -> contextlib.AbstractContextManager:
+    def ready(self, names, tensors) -> contextlib.AbstractContextManager:
         return _NOTHING if torch.cuda.current_device() == self.index else self._switched()
 
     def stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.index)
 
-    def work_counter(self, stream: int) -> int:
-        return self._counters.address(stream)
+    def zeroed(self, stream: int, size_bytes: int) -> torch.Tensor:
+        return self._memory.of(stream, size_bytes, torch.cuda.is_current_stream_capturing())
 
 
 class EmulatedTarget:
@@ -261,11 +414,12 @@ class EmulatedTarget:
 
     def __init__(self, arch: str, device) -> None:
         self.arch, self.device = arch, device
-        self._counters = WorkCounters(torch.device("cpu"))
+        self.sms = device.sms
+        self._memory = ZeroedMemory(torch.device("cpu"))
 
     @contextlib.contextmanager
-    def ready(self, tensors) -> Iterator[None]:
-        for name, tensor in zip(PREFILL_POINTERS, (*tensors, self._counters.memory), strict=True):
+    def ready(self, names, tensors) -> Iterator[None]:
+        for name, tensor in zip(names, tensors, strict=False):
             if tensor is not None:
                 self.device.register(tensor, name)
         try:
@@ -276,36 +430,45 @@ class EmulatedTarget:
     def stream(self) -> int:
         return 0
 
-    def work_counter(self, stream: int) -> int:
-        return self._counters.address(stream)
+    def zeroed(self, stream: int, size_bytes: int) -> torch.Tensor:
+        memory = self._memory.of(stream, size_bytes, capturing=False)
+        self.device.register(memory, "counters between CTAs")
+        return memory
 
 
 Target = GpuTarget | EmulatedTarget
 _NOTHING = contextlib.nullcontext()
 
 
-class WorkCounters:
-    """The dynamic scheduler's int32 pairs, zero between launches: one per stream, because streams run side by side.
+class ZeroedMemory:
+    """Memory through which the CTAs of a launch coordinate: zero before a launch, which leaves it zero.
 
-    All are allocated, and zeroed, with the target: a CUDA graph being captured could not do it.
+    Launches on one stream run one after the other and share it; other streams have their own. A launch that is being
+    captured gets memory of its own from the graph's pool, zeroed by the graph: graphs that were captured on one stream
+    may replay at once, and also beside launches on that stream.
     """
 
     STREAMS_MAX = 1024
-    STRIDE_BYTES = 128  # a cache line each
+    LEAST_BYTES = 4096
 
     def __init__(self, device: torch.device) -> None:
-        self.memory = torch.zeros((self.STREAMS_MAX, self.STRIDE_BYTES // 4), dtype=torch.int32, device=device)
-        self._base = self.memory.data_ptr()
-        self._of_stream: dict[int, int] = {}
+        self.device = device
+        self.of_stream: dict[int, torch.Tensor] = {}
 
-    def address(self, stream: int) -> int:
-        address = self._of_stream.get(stream)
-        if address is None:
-            if len(self._of_stream) >= self.STREAMS_MAX:
+    def of(self, stream: int, size_bytes: int, capturing: bool) -> torch.Tensor:
+        """At least as many bytes, for a launch on this stream, which must be the current one."""
+        if capturing:
+            return self._zeros(size_bytes)
+        memory = self.of_stream.get(stream)
+        if memory is None or memory.numel() * 4 < size_bytes:
+            if memory is None and len(self.of_stream) >= self.STREAMS_MAX:
                 raise RuntimeError(f"kernels were launched on more than {self.STREAMS_MAX} CUDA streams of one device")
-            address = self._base + len(self._of_stream) * self.STRIDE_BYTES
-            self._of_stream[stream] = address
-        return address
+            # The smaller one goes back to the allocator, which gives it to later work of this stream.
+            memory = self.of_stream[stream] = self._zeros(max(self.LEAST_BYTES, 1 << (size_bytes - 1).bit_length()))
+        return memory
+
+    def _zeros(self, size_bytes: int) -> torch.Tensor:
+        return torch.zeros(-(-size_bytes // 4), dtype=torch.int32, device=self.device)
 
 
 def _target(device: torch.device) -> Target | None:
@@ -377,38 +540,56 @@ class Kernel(NamedTuple):
     launcher: Launcher
 
 
-def compiled_prefill(problem: Problem, target: Target) -> Kernel:
-    """The prefill kernel of the target's architecture for `problem`: from memory, from disk, or compiled now."""
-    config, compile = _chosen_prefill(problem, target.arch)
-    return Kernel(config, compiled.launcher(problem, config, target.arch, compile, PREFILL, target.emulated))
+def compiled_kernel(problem: Problem, target: Target) -> Kernel:
+    """The kernel of the target's architecture for `problem`: from memory, from disk, or compiled now."""
+    config, compile = _chosen_kernel(problem, target.arch)
+    operands = OPERANDS[problem.kind]
+    return Kernel(config, compiled.launcher(problem, config, target.arch, compile, operands, target.emulated))
 
 
-def _chosen_prefill(problem: Problem, arch: str) -> tuple[object, Callable]:
+def _chosen_kernel(problem: Problem, arch: str) -> tuple[object, Callable]:
     """(config, compile function) for `problem`, or UnsupportedProblem."""
-    prefill = importlib.import_module(f"{ROOM_OF_ARCH[arch]}.prefill")
-    check_supported(problem, prefill.SUPPORTS, arch)
-    config = importlib.import_module(f"{ROOM_OF_ARCH[arch]}.config").choose(problem, **CHOOSE_OPTIONS.get(arch, {}))
-    return config, prefill.compile
+    kernel = _kernel_module(problem.kind, arch)
+    if kernel is None:
+        others = ", ".join(name for name in ROOM_OF_ARCH if _kernel_module(problem.kind, name)) or "no architecture"
+        raise UnsupportedProblem(f"there is no {problem.kind} kernel for {arch}; there is one for {others}")
+    check_supported(problem, kernel.SUPPORTS, arch)
+    config = "config" if problem.kind == "prefill" else f"{problem.kind}_config"
+    chosen = importlib.import_module(f"{ROOM_OF_ARCH[arch]}.{config}").choose(problem, **CHOOSE_OPTIONS.get(arch, {}))
+    return chosen, kernel.compile
+
+
+def _kernel_module(kind: str, arch: str):
+    """The module of an architecture's kernel of this kind, None where there is none."""
+    name = f"{ROOM_OF_ARCH[arch]}.{kind}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
 def warmup(
     *,
+    kind: str = "prefill",
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 128,
     head_dim_v: int | None = None,
-    causal: bool = False,
+    causal: bool | None = None,
     window: bool = False,
     varlen: bool = False,
     softcap: bool = False,
     threshold: bool = False,
     return_lse: bool = False,
     return_stats: bool = False,
+    page_size: int = 0,
+    share_max: bool = False,
     device: torch.device | str | None = None,
     arch: str | None = None,
 ) -> None:
     """Compile, ahead of the first call, the kernel of calls of this kind; sizes do not matter.
 
+    kind            "prefill" for `attention` and `attention_varlen`, "decode" for `decode`
     head_dim_v      None: head_dim
+    causal          None: the default of such a call, true only for decode
+    page_size       of decode over a paged cache; 0: a cache for each sequence
+    share_max       of decode
     window, softcap, threshold, varlen  whether calls will have one, or be packed; causal together with window is a
                     window that ends at the diagonal
     device          compile for this CUDA device, and load (before a CUDA graph is captured, this must have been
@@ -420,8 +601,13 @@ def warmup(
         raise NotImplementedError(f"{dtype=} is not supported; supported are {', '.join(map(str, inputs.DTYPE_NAMES))}")
     if device is not None and arch is not None:
         raise ValueError(f"give {device=} or {arch=}, not both")
+    if kind not in OPERANDS:
+        raise ValueError(f"{kind=} must be one of {', '.join(OPERANDS)}")
+    if kind == "decode" and varlen:
+        raise ValueError("varlen is for attention_varlen; decode takes lengths of its own for every sequence")
+    causal = kind == "decode" if causal is None else causal
     problem = Problem(
-        kind="prefill",
+        kind=kind,
         dtype=inputs.DTYPE_NAMES[dtype],
         head_dim=head_dim,
         head_dim_v=head_dim if head_dim_v is None else head_dim_v,
@@ -431,11 +617,13 @@ def warmup(
         sparsity="threshold" if threshold else None,
         return_lse=return_lse,
         return_stats=return_stats,
+        page_size=page_size,
+        share_max=share_max,
     )
     if arch is not None:
         if arch not in ROOM_OF_ARCH:
             raise ValueError(f"{arch=} must be one of {', '.join(ROOM_OF_ARCH)}")
-        config, compile = _chosen_prefill(problem, arch)
+        config, compile = _chosen_kernel(problem, arch)
         compiled.compile_to_disk(problem, config, arch, compile)
         return
     if device is None and not torch.cuda.is_available():
@@ -443,9 +631,10 @@ def warmup(
     target = _target(torch.device("cuda" if device is None else device))
     if target is None:
         raise ValueError(f"{device=} runs the reference, which is not compiled; give a CUDA device or arch=")
-    compiled_prefill(problem, target)
+    compiled_kernel(problem, target)
 
 
-def support_matrix() -> dict[str, frozenset[str]]:
-    """What the prefill kernel of each architecture declares to support, as `problem.required` names features."""
-    return {arch: importlib.import_module(f"{room}.prefill").SUPPORTS for arch, room in ROOM_OF_ARCH.items()}
+def support_matrix(kind: str = "prefill") -> dict[str, frozenset[str]]:
+    """What each architecture's kernel of this kind declares to support, as `problem.required` names features."""
+    modules = {arch: _kernel_module(kind, arch) for arch in ROOM_OF_ARCH}
+    return {arch: module.SUPPORTS if module else frozenset() for arch, module in modules.items()}

@@ -13,6 +13,8 @@ from cute_sparse.problem import Mask, Problem, check_head_dims
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ALIGNMENT_BYTES = 16  # of a TMA transfer: every row starts on a multiple of it
 ELEMENTS_MAX = 2**31 - 1  # reached by 32-bit element offsets
+SEQLEN_Q_MAX = 16  # queries per sequence of a decode call
+PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,12 @@ def check_attention(
 ) -> Request:
     """Check q, k, v and every option of a prefill call; varlen where cu_seqlens are given."""
     varlen = cu_seqlens_q is not None
-    _check_tensors(q, k, v, rank=3 if varlen else 4)
+    layout = "(total tokens, heads, head_dim)" if varlen else "(batch, seqlen, heads, head_dim)"
+    _check_tensors({"q": q, "k": k, "v": v}, rank=3 if varlen else 4, layout=layout)
+    if not varlen:
+        _check_batch({"q": q, "k": k, "v": v})
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        _check_memory(name, tensor)
     if varlen:
         _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k)
         batch = cu_seqlens_q.shape[0] - 1
@@ -82,11 +89,8 @@ def check_attention(
     heads_q, head_dim = q.shape[-2:]
     heads_kv, head_dim_v = v.shape[-2:]
     mask, left, right = band(causal, window_size, seqlen_q, seqlen_k)
-    softmax_scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    if not (softmax_scale > 0 and math.isfinite(softmax_scale)):
-        raise ValueError(f"{softmax_scale=} must be positive and finite")
-    if not (softcap >= 0 and math.isfinite(softcap)):
-        raise ValueError(f"{softcap=} must be finite and not negative; 0 means none")
+    softmax_scale = _checked_scale(softmax_scale, head_dim)
+    _check_softcap(softcap)
     lambdas = thresholds.resolve(threshold, batch, heads_q, q.device)
     if cu_seqlens_q is not None:
         check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, total_q, total_k, seqlen_q, seqlen_k)
@@ -109,6 +113,173 @@ def check_attention(
     if out is not None:
         _check_out(out, request, q.dtype, (q, k, v))
     return request
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """A checked decode call, as `Request`.
+
+    capacity    keys that a sequence can have: tokens of its cache, or of as many pages as its table has entries
+    blocks      pages, or sequences' caches
+    page_size   tokens per page, 0 where the caches are contiguous
+    num_splits  parts of each item; 0: as many as keep the device busy
+    """
+
+    problem: Problem
+    device: torch.device
+    batch: int
+    heads_q: int
+    heads_kv: int
+    seqlen_q: int
+    capacity: int
+    blocks: int
+    window_left: int
+    window_right: int
+    softmax_scale: float
+    softcap: float
+    threshold: thresholds.Threshold | None
+    num_splits: int
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.seqlen_q, self.heads_q, self.problem.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.heads_q, self.seqlen_q)
+
+    @property
+    def rows(self) -> int:
+        """Packed query rows of a KV head."""
+        return self.seqlen_q * (self.heads_q // self.heads_kv)
+
+
+def check_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    seqused_k: torch.Tensor,
+    page_table: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    softcap: float,
+    threshold: float | torch.Tensor | None,
+    num_splits: int | None,
+    share_max: bool,
+    out: torch.Tensor | None,
+    return_lse: bool,
+    return_stats: bool,
+) -> DecodeRequest:
+    """Check the tensors and every option of a decode call."""
+    paged = page_table is not None
+    named = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    caches = "(pages, page_size, heads_kv, head_dim)" if paged else "(batch, capacity, heads_kv, head_dim)"
+    _check_tensors(named, rank=4, layout=f"(batch, seqlen_q, heads_q, head_dim), and a cache {caches}")
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    blocks, block_tokens, heads_kv, head_dim_v = v_cache.shape
+    if not 1 <= seqlen_q <= SEQLEN_Q_MAX:
+        raise ValueError(
+            f"{seqlen_q=} must be from 1 to {SEQLEN_Q_MAX}: decode is for a few queries, attention for many"
+        )
+    _check_int32("seqused_k", seqused_k, (batch,), q.device)
+    if paged:
+        _check_page_table(page_table, batch, block_tokens, q.device)
+    else:
+        _check_batch(named)
+    _check_memory("q", q)
+    for name in ("k_cache", "v_cache"):
+        _check_memory(name, named[name], elements_max=None)  # of any size: only TMA reaches them, by coordinates
+    capacity = page_table.shape[1] * block_tokens if paged else block_tokens
+    if capacity > ELEMENTS_MAX:
+        raise NotImplementedError(f"a sequence can have {capacity} keys; at most 2**31 - 1 are supported")
+    mask, left, right = band(causal, window_size, seqlen_q, capacity)
+    softmax_scale = _checked_scale(softmax_scale, head_dim)
+    _check_softcap(softcap)
+    lambdas = thresholds.resolve(threshold, batch, heads_q, q.device)
+    if share_max and lambdas is None:
+        raise ValueError(f"{share_max=} needs a threshold: splits share their maxima to skip more tiles")
+    if num_splits is not None and (isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 1):
+        raise ValueError(f"{num_splits=} must be a positive integer, or None for as many as keep the device busy")
+    problem = Problem(
+        kind="decode",
+        dtype=DTYPE_NAMES[q.dtype],
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        mask=mask,
+        softcap=softcap > 0,
+        sparsity=None if lambdas is None else "threshold",
+        return_lse=bool(return_lse),
+        return_stats=bool(return_stats),
+        page_size=block_tokens if paged else 0,
+        share_max=bool(share_max),
+    )
+    request = DecodeRequest(
+        problem, q.device, batch, heads_q, heads_kv, seqlen_q, capacity, blocks, left, right,
+        float(softmax_scale), float(softcap), lambdas, num_splits or 0,
+    )  # fmt: skip
+    check_decode_values(request, seqused_k, page_table)
+    if out is not None:
+        _check_out(out, request, q.dtype, (q, k_cache, v_cache))
+    return request
+
+
+def _check_int32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; it must be torch.int32")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
+    if tensor.numel() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} has strides {tensor.stride()}; the last one must be 1")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, q on {device}; they must share one device")
+
+
+def _check_page_table(page_table: torch.Tensor, batch: int, page_size: int, device: torch.device) -> None:
+    if not isinstance(page_table, torch.Tensor):
+        raise TypeError(f"page_table is a {type(page_table).__name__}; it must be a torch.Tensor")
+    if page_table.dim() != 2 or page_table.shape[0] != batch:
+        raise ValueError(f"page_table has shape {tuple(page_table.shape)}; it must be (batch, pages), {batch=}")
+    _check_int32("page_table", page_table, tuple(page_table.shape), device)
+    if page_size not in PAGE_SIZES:
+        raise NotImplementedError(
+            f"k_cache has pages of {page_size} tokens; supported are {', '.join(map(str, PAGE_SIZES))}"
+        )
+
+
+def check_decode_values(request: DecodeRequest, seqused_k: torch.Tensor, page_table: torch.Tensor | None) -> None:
+    """Check lengths and the used entries of the page table in CPU memory; on a GPU they are not read.
+
+    There, a length counts as at most the capacity, and a page that does not exist reads as zeros.
+    """
+    if seqused_k.device.type != "cpu":
+        return
+    page_size = request.problem.page_size
+    for index, length in enumerate(seqused_k.tolist()):
+        if not 0 <= length <= request.capacity:
+            raise ValueError(f"seqused_k[{index}]={length} must lie in [0, {request.capacity}], the cache's capacity")
+        if not page_size:
+            continue
+        first_key = max(length - request.seqlen_q - request.window_left, 0)
+        first_page, end_page = first_key // page_size, -(-length // page_size)
+        for page, number in enumerate(page_table[index, first_page:end_page].tolist(), first_page):
+            if not 0 <= number < request.blocks:
+                raise ValueError(f"page_table[{index}, {page}]={number}, but there are {request.blocks} pages")
+
+
+def _checked_scale(softmax_scale: float | None, head_dim: int) -> float:
+    softmax_scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    if not (softmax_scale > 0 and math.isfinite(softmax_scale)):
+        raise ValueError(f"{softmax_scale=} must be positive and finite")
+    return softmax_scale
+
+
+def _check_softcap(softcap: float) -> None:
+    if not (softcap >= 0 and math.isfinite(softcap)):
+        raise ValueError(f"{softcap=} must be finite and not negative; 0 means none")
 
 
 def band(
@@ -143,9 +314,9 @@ def _length(value: int | None, name: str) -> int:
     return value
 
 
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rank: int) -> None:
-    layout = "(batch, seqlen, heads, head_dim)" if rank == 4 else "(total tokens, heads, head_dim)"
-    named = {"q": q, "k": k, "v": v}
+def _check_tensors(named: dict[str, torch.Tensor], rank: int, layout: str) -> None:
+    """`named` holds queries, keys and values, in this order, by the names that the caller knows."""
+    (q_name, q), (k_name, k), (v_name, v) = named.items()
     for name, tensor in named.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
@@ -164,21 +335,26 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rank: int)
             )
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
-            f"k has shape {tuple(k.shape)}, v has {tuple(v.shape)}; all but the last dimension must be the same"
+            f"{k_name} has shape {tuple(k.shape)}, {v_name} has {tuple(v.shape)}; "
+            "all but the last dimension must be the same"
         )
-    if rank == 4 and q.shape[0] != k.shape[0]:
-        raise ValueError(f"q has batch {q.shape[0]}, k and v have {k.shape[0]}; they must be the same")
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q has head_dim {q.shape[-1]}, k has {k.shape[-1]}; they must be the same")
+        raise ValueError(f"{q_name} has head_dim {q.shape[-1]}, {k_name} has {k.shape[-1]}; they must be the same")
     heads_q, heads_kv = q.shape[-2], k.shape[-2]
     if heads_kv == 0 or heads_q % heads_kv:
         raise ValueError(f"{heads_q=} must be a multiple of {heads_kv=}, which must be positive")
     check_head_dims(q.shape[-1], v.shape[-1])
-    for name, tensor in named.items():
-        _check_memory(name, tensor)
 
 
-def _check_memory(name: str, tensor: torch.Tensor) -> None:
+def _check_batch(named: dict[str, torch.Tensor]) -> None:
+    (q_name, q), (k_name, k), (v_name, _) = named.items()
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"{q_name} has batch {q.shape[0]}, {k_name} and {v_name} have {k.shape[0]}; they must be the same"
+        )
+
+
+def _check_memory(name: str, tensor: torch.Tensor, elements_max: int | None = ELEMENTS_MAX) -> None:
     """Rows of a tensor must be contiguous and start on 16 bytes, and 32-bit offsets must reach them."""
     if tensor.numel() == 0:
         return
@@ -194,7 +370,7 @@ def _check_memory(name: str, tensor: torch.Tensor) -> None:
     if tensor.data_ptr() % ALIGNMENT_BYTES:
         raise ValueError(f"{name} starts at address {tensor.data_ptr():#x}; it must be {ALIGNMENT_BYTES}-byte aligned")
     span = 1 + sum((size - 1) * stride for size, stride in sizes_and_strides)
-    if max(span, tensor.numel()) > ELEMENTS_MAX:
+    if elements_max is not None and max(span, tensor.numel()) > elements_max:
         raise NotImplementedError(
             f"{name} of shape {tuple(tensor.shape)} reaches over {max(span, tensor.numel())} elements; "
             f"tensors of at most 2**31 - 1 elements are supported"
@@ -242,7 +418,9 @@ def check_cu_seqlens_values(
             raise ValueError(f"max_seqlen_{side}={longest} is less than the longest sequence, {max(lengths)}")
 
 
-def _check_out(out: torch.Tensor, request: Request, dtype: torch.dtype, inputs: tuple[torch.Tensor, ...]) -> None:
+def _check_out(
+    out: torch.Tensor, request: Request | DecodeRequest, dtype: torch.dtype, inputs: tuple[torch.Tensor, ...]
+) -> None:
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"out is a {type(out).__name__}; it must be a torch.Tensor")
     if tuple(out.shape) != request.out_shape:
@@ -257,4 +435,4 @@ def _check_out(out: torch.Tensor, request: Request, dtype: torch.dtype, inputs: 
     if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"out has strides {out.stride()}; elements of it share memory")
     if out.numel() and any(out.data_ptr() == tensor.data_ptr() for tensor in inputs):
-        raise ValueError("out starts at the address of q, k or v; it must have memory of its own")
+        raise ValueError("out starts at the address of an input; it must have memory of its own")

@@ -57,15 +57,20 @@ class FakeTarget:
 
     arch = "sm_90a"
     emulated = False
+    sms = 5
 
-    def ready(self, tensors):
+    def __init__(self) -> None:
+        self.memory = torch.zeros(1 << 16, dtype=torch.int32)
+
+    def ready(self, names, tensors):
         return contextlib.nullcontext()
 
     def stream(self) -> int:
         return 77
 
-    def work_counter(self, stream: int) -> int:
-        return 4096
+    def zeroed(self, stream: int, size_bytes: int) -> torch.Tensor:
+        assert size_bytes <= self.memory.nbytes
+        return self.memory
 
 
 GEOMETRY = TileGeometry(tile_m=128, tile_rows=64, tile_n=96)
@@ -80,7 +85,7 @@ def kernel(monkeypatch) -> FakeCompiled:
     monkeypatch.setattr(dispatch, "_plans", {})
     monkeypatch.setattr(dispatch, "_target", lambda device: target)
     made = dispatch.Kernel(SimpleNamespace(geometry=GEOMETRY), launcher)
-    monkeypatch.setattr(dispatch, "compiled_prefill", lambda problem, target: made)
+    monkeypatch.setattr(dispatch, "compiled_kernel", lambda problem, target: made)
     return fake
 
 
@@ -103,7 +108,7 @@ def test_every_operand_arrives_as_itself(kernel):
         "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "out": got.out.data_ptr(), "lse": got.lse.data_ptr(),
         "threshold": 0, "cu_seqlens_q": 0, "cu_seqlens_k": 0,
         "tile_counts": got.stats.tile_counts.data_ptr(), "skip_map": got.stats.skip_map.data_ptr(),
-        "work_counter": 4096,
+        "work_counter": dispatch._target(q.device).memory.data_ptr(),
         "batch": 2, "heads_q": 6, "heads_kv": 3, "seqlen_q": 200, "seqlen_k": 300, "total_q": 400, "total_k": 600,
         "window_left": 50, "window_right": 0, "threshold_stride_batch": 0, "threshold_stride_head": 0,
         "map_rows": 4, "map_cols": 4,
@@ -232,7 +237,7 @@ def test_a_warm_call_costs_the_host_little(kernel, monkeypatch):
     launcher = Launcher(FakeCompiled(), PREFILL)
     launcher._entry = nothing
     made = dispatch.Kernel(SimpleNamespace(geometry=GEOMETRY), launcher)
-    monkeypatch.setattr(dispatch, "compiled_prefill", lambda problem, target: made)
+    monkeypatch.setattr(dispatch, "compiled_kernel", lambda problem, target: made)
     q, out, threshold = bf16(1, 64, 4, 128), bf16(1, 64, 4, 128), 0.01
     best = float("inf")
     for _ in range(20):
@@ -258,10 +263,10 @@ def test_each_kind_of_problem_is_compiled_once_whatever_the_sizes(monkeypatch):
     monkeypatch.setattr(dispatch, "_plans", {})
     monkeypatch.setattr(dispatch, "_target", lambda device: FakeTarget())
     config = SimpleNamespace(geometry=GEOMETRY)
-    monkeypatch.setattr(dispatch, "_chosen_prefill", lambda problem, arch: ("config", lambda problem, config: None))
+    monkeypatch.setattr(dispatch, "_chosen_kernel", lambda problem, arch: ("config", lambda problem, config: None))
     monkeypatch.setattr(
         dispatch,
-        "compiled_prefill",
+        "compiled_kernel",
         lambda problem, target: dispatch.Kernel(
             config, compiled.launcher(problem, "config", target.arch, None, PREFILL, target.emulated)
         ),
@@ -335,7 +340,7 @@ def test_every_declared_head_dim_and_the_rest_has_a_config(arch):
     for pair in head_dims:
         for sparsity in (None, "threshold"):
             problem = Problem("prefill", "bfloat16", int(pair[0]), int(pair[-1]), "causal", sparsity=sparsity)
-            config, _ = dispatch._chosen_prefill(problem, arch)
+            config, _ = dispatch._chosen_kernel(problem, arch)
             assert config.geometry.tile_rows in (64, 128)
             hash((problem, config))
 
@@ -371,15 +376,32 @@ cute_sparse.attention(q, q, q)
     assert "CUTE_SPARSE_DEVICE='emulated:sm_80' must be one of emulated:sm_90a, emulated:sm_100a" in done.stderr
 
 
-def test_streams_have_work_counters_of_their_own():
-    counters = dispatch.WorkCounters(torch.device("cpu"))
-    addresses = [counters.address(stream) for stream in range(counters.STREAMS_MAX)]
-    assert len(set(addresses)) == counters.STREAMS_MAX and counters.address(5) == addresses[5]
-    first, end = counters.memory.data_ptr(), counters.memory.data_ptr() + counters.memory.nbytes
-    assert all(first <= address and address + 8 <= end for address in addresses)
-    assert (counters.memory == 0).all()
+def test_streams_have_zeroed_memory_of_their_own():
+    memory = dispatch.ZeroedMemory(torch.device("cpu"))
+    given = [memory.of(stream, 100, capturing=False) for stream in range(memory.STREAMS_MAX)]
+    assert len({tensor.data_ptr() for tensor in given}) == memory.STREAMS_MAX
+    assert memory.of(5, 8, capturing=False) is given[5], "the next launch takes what the last one left zero"
+    assert all(tensor.nbytes >= 100 and not tensor.any() for tensor in given)
     with pytest.raises(RuntimeError, match="1024 CUDA streams"):
-        counters.address(-1)
+        memory.of(-1, 8, capturing=False)
+
+
+def test_zeroed_memory_grows():
+    memory = dispatch.ZeroedMemory(torch.device("cpu"))
+    small = memory.of(0, 8, capturing=False)
+    large = memory.of(0, 50000, capturing=False)
+    assert large.nbytes >= 50000 > small.nbytes and not large.any()
+    assert memory.of(0, 8, capturing=False) is large
+
+
+def test_a_launch_that_is_captured_gets_zeroed_memory_of_its_own():
+    """Two graphs captured on one stream may replay at once."""
+    memory = dispatch.ZeroedMemory(torch.device("cpu"))
+    shared = memory.of(0, 8, capturing=False)
+    captured = [memory.of(0, 8, capturing=True) for _ in range(2)]
+    assert len({tensor.data_ptr() for tensor in (shared, *captured)}) == 3
+    assert not any(tensor.any() for tensor in captured)
+    assert memory.of(0, 8, capturing=False) is shared
 
 
 # ---- The kernels, by way of the emulator ----
@@ -413,7 +435,8 @@ def test_a_launch_leaves_the_work_counter_zero(arch, threshold):
     q = torch.randn(2, 400, 4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     with cute_sparse.emulated(arch, sms=2):
         first = cute_sparse.attention(q, q, q, causal=True, threshold=threshold)
-        assert (dispatch._emulation._counters.memory == 0).all()
+        (counters,) = dispatch._emulation._memory.of_stream.values()
+        assert (counters == 0).all()
         second = cute_sparse.attention(q, q, q, causal=True, threshold=threshold)
     assert torch.equal(first, second)
 
