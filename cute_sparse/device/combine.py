@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, Uint32, const_expr
 
 from cute_sparse.device.bundles import LN_2, DecodeOperands, Partials
 from cute_sparse.device.split import Segment
 
+SIGN = 1 << 31
 VECTOR = 4  # columns that a thread combines at a time: 16 bytes of fp32
 
 
@@ -60,12 +61,46 @@ def normaliser(row_max, row_sum):
 
 
 @dataclass(frozen=True)
+class SharedMax:
+    """Per row of each item, the largest true maximum that one of its splits has published, in units of raw scores.
+
+    codes  (slot_rows, items) uint32: fp32 bits so changed that they order as the numbers do; 0 where there is none
+
+    What is read may be stale, and is then too small: a split that tests against it skips less than it could.
+    """
+
+    codes: Any
+
+    @staticmethod
+    def of(operands: DecodeOperands):
+        return None if operands.shared_max is None else SharedMax(operands.shared_max)
+
+    def code(self, item, row) -> Uint32:
+        return cute.arch.load(self._word(item, row), Uint32, sem="relaxed", scope="gpu")
+
+    def value(self, code: Uint32) -> Float32:
+        """The maximum of a code that is not 0."""
+        return (code ^ (((code >> 31) - Uint32(1)) | Uint32(SIGN))).bitcast(Float32)
+
+    def publish(self, item, row, row_max) -> None:
+        bits = row_max.bitcast(Int32)
+        code = bits.bitcast(Uint32) ^ ((bits >> 31).bitcast(Uint32) | Uint32(SIGN))
+        cute.arch.red(self._word(item, row), code, op="max", dtype="u32", sem="relaxed", scope="gpu")
+
+    def clear(self, item, row) -> None:
+        self.codes[row, item] = Uint32(0)
+
+    def _word(self, item, row) -> cute.Pointer:
+        return self.codes.iterator + cute.crd2idx((row, item), self.codes.layout)
+
+
+@dataclass(frozen=True)
 class Results:
     """What the splits of one launch write.
 
     out         (seqlen_q, head_dim_v, heads_q, batch)
     lse         (seqlen_q, heads_q, batch); None if not wanted
-    shared_max  (slot_rows, items) uint32, cleared with the arrivals; None unless the splits share their maxima
+    shared_max  None unless the splits share their maxima
     head_dim_v  columns that exist; a multiple of 8
     """
 
@@ -77,21 +112,29 @@ class Results:
 
     @staticmethod
     def of(operands: DecodeOperands, head_dim_v: int) -> "Results":
-        return Results(operands.out, operands.lse, operands.partials, operands.shared_max, head_dim_v)
+        return Results(operands.out, operands.lse, operands.partials, SharedMax.of(operands), head_dim_v)
 
     # ---- the only split of an item
 
     @cute.jit
-    def write_columns(self, rows: PackedRows, row, column, values: cute.Tensor, inverse):
-        """out = values * inverse for neighbouring columns of one row, if row and columns exist.
+    def write_row(
+        self, rows: PackedRows, row, first_column, step: cutlass.Constexpr[int], values: cute.Tensor, inverse
+    ):
+        """out = values * inverse for some columns of one row, those of them that exist.
 
-        column  the first; it and the number of values are multiples of 2, 4 or 8
+        values  fp32 (width, pieces): piece i is for the `width` columns from first_column + i * step on; first_column
+                and step are multiples of width, which is 2, 4 or 8
         """
-        if row < rows.count and column < self.head_dim_v:
-            rounded = cute.make_rmem_tensor_like(values, self.out.element_type)
-            rounded.store((values.load() * inverse).to(self.out.element_type))
-            coordinate = (rows.query(row), column, rows.head(row), rows.batch_idx)
-            cute.autovec_copy(rounded, _neighbours(self.out, coordinate, cute.size(values)))
+        if row < rows.count:
+            width, pieces = values.shape
+            coordinate = (rows.query(row), 0, rows.head(row), rows.batch_idx)
+            start = self.out.iterator + cute.crd2idx(coordinate, self.out.layout)
+            for i in cutlass.range_constexpr(pieces):
+                rounded = cute.make_rmem_tensor(width, self.out.element_type)
+                rounded.store((values[None, i].load() * inverse).to(self.out.element_type))
+                column = first_column + i * step
+                if column < self.head_dim_v:
+                    cute.autovec_copy(rounded, neighbours(start + column, width))
 
     @cute.jit
     def write_lse(self, rows: PackedRows, row, lse):
@@ -103,13 +146,21 @@ class Results:
     # ---- one of several splits
 
     @cute.jit
-    def leave_columns(self, slot, rows: PackedRows, row, column, values: cute.Tensor):
-        """Like `write_columns`, to the split's slot."""
-        if row < rows.count and column < self.head_dim_v:
-            cute.autovec_copy(values, _neighbours(self.partials.acc, (column, row, slot), cute.size(values)))
+    def leave_row(self, slot, rows: PackedRows, row, first_column, step: cutlass.Constexpr[int], values: cute.Tensor):
+        """Like `write_row`, to the split's slot."""
+        if row < rows.count:
+            width, pieces = values.shape
+            acc = self.partials.acc
+            start = acc.iterator + cute.crd2idx((0, row, slot), acc.layout)
+            for i in cutlass.range_constexpr(pieces):
+                piece = cute.make_rmem_tensor(width, Float32)
+                piece.store(values[None, i].load())
+                column = first_column + i * step
+                if column < self.head_dim_v:
+                    cute.autovec_copy(piece, neighbours(start + column, width))
 
     @cute.jit
-    def leave_row(self, slot, rows: PackedRows, row, row_max, row_sum):
+    def leave_sum(self, slot, rows: PackedRows, row, row_max, row_sum):
         """By one thread of a row; `row_max` as in `normaliser`."""
         if row < rows.count:
             self.partials.row_max[row, slot] = row_max
@@ -138,7 +189,7 @@ class Results:
             self._combine_columns(segment, rows, row, column)
         if const_expr(self.shared_max is not None):
             for row in cutlass.range(thread, rows.count, threads, unroll=1):
-                self.shared_max[row, segment.item] = cutlass.Uint32(0)
+                self.shared_max.clear(segment.item, row)
 
     @cute.jit
     def _combine_columns(self, segment: Segment, rows: PackedRows, row, column):
@@ -147,25 +198,25 @@ class Results:
             row_max = cute.arch.fmax(row_max, self.partials.row_max[row, segment.slot(split)], nan=True)
         reference = cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max)
         row_sum = Float32(0.0)
-        acc = cute.make_rmem_tensor(VECTOR, Float32)
+        acc = cute.make_rmem_tensor((VECTOR, 1), Float32)
         acc.fill(0.0)
         for split in cutlass.range(segment.splits, unroll=4):
             slot = segment.slot(split)
             factor = cute.math.exp2(self.partials.row_max[row, slot] - reference, fastmath=True)
             row_sum += factor * self.partials.row_sum[row, slot]
             part = cute.make_rmem_tensor(VECTOR, Float32)
-            cute.autovec_copy(_neighbours(self.partials.acc, (column, row, slot), VECTOR), part)
+            start = self.partials.acc.iterator + cute.crd2idx((column, row, slot), self.partials.acc.layout)
+            cute.autovec_copy(neighbours(start, VECTOR), part)
             for j in cutlass.range_constexpr(VECTOR):
                 acc[j] = acc[j] + factor * part[j]
         inverse, lse = normaliser(row_max, row_sum)
-        self.write_columns(rows, row, column, acc, inverse)
+        self.write_row(rows, row, column, VECTOR, acc, inverse)
         if column == 0:
             self.write_lse(rows, row, lse)
 
 
-def _neighbours(tensor: cute.Tensor, coordinate, count: int) -> cute.Tensor:
-    """`count` elements of a tensor in global memory, next to each other and aligned to their common size (or 16)."""
-    pointer = tensor.iterator + cute.crd2idx(coordinate, tensor.layout)
-    align_bytes = min(16, count * tensor.element_type.width // 8)
-    aligned = cute.make_ptr(tensor.element_type, pointer.toint(), cute.AddressSpace.gmem, assumed_align=align_bytes)
+def neighbours(start: cute.Pointer, count: int) -> cute.Tensor:
+    """`count` elements of global memory, which are aligned to their common size (but at most to 16 bytes)."""
+    align_bytes = min(16, count * start.dtype.width // 8)
+    aligned = cute.make_ptr(start.dtype, start.toint(), cute.AddressSpace.gmem, assumed_align=align_bytes)
     return cute.make_tensor(aligned, cute.make_layout(count))

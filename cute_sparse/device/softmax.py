@@ -63,6 +63,28 @@ class OnlineSoftmax:
         self.minus_ref.fill(0.0)
         self.row_sum.fill(0.0)
 
+    def begin(self, threshold_raw, in_sequence: list | None = None) -> None:
+        """Rows that have seen no key: for a kernel whose first tile is as any other.
+
+        threshold_raw, in_sequence  as in `start`; threshold_raw may be a list, one per row
+        """
+        for row in range(self.rows):
+            self.minus_ref[row] = -(FLOOR * self.scale_log2)
+            self.limit[row] = Float32(FLOOR)
+            self.row_sum[row] = Float32(0.0)
+            if const_expr(self.row_max is not None):
+                self.row_max[row] = cutlass.select_(in_sequence[row], Float32(FLOOR), Float32.inf)
+                self.skip_bound[row] = self.row_max[row] + _of_row(threshold_raw, row)
+
+    def see(self, row: int, row_max, threshold_raw) -> None:
+        """Test a row's next tile against another's maximum, too."""
+        highest = cute.arch.fmax(self.row_max[row], row_max, nan=True)
+        self.skip_bound[row] = highest + _of_row(threshold_raw, row)
+
+    def has_seen_key(self, row: int):
+        """Whether a row's true maximum is one; only in a sparse kernel."""
+        return ~(self.row_max[row] <= FLOOR)
+
     def thread_max(self, scores: cute.Tensor) -> list:
         """Per row, the maximum of this thread's columns of scores (rows, columns); NaN if one is NaN."""
         return [_tree_max(_row(scores, row)) for row in range(self.rows)]
@@ -127,6 +149,15 @@ class OnlineSoftmax:
             lse.append((cute.math.log2(row_sum, fastmath=True) - self.minus_ref[row]) * LN_2)
         return inverses, lse
 
+    def totals(self):
+        """Per row, the reference in base-2 units, -inf for a row that has seen no key, and the sum of p."""
+        references, sums = [], []
+        for row in range(self.rows):
+            row_sum = cute.arch.warp_reduction_sum(self.row_sum[row], threads_in_group=self.threads_per_row)
+            references.append(cutlass.select_(row_sum == 0.0, -Float32.inf, -self.minus_ref[row]))
+            sums.append(row_sum)
+        return references, sums
+
     def _row_max(self, thread_max):
         """A row's maximum from its threads' parts; NaN if one is NaN."""
         offset = self.threads_per_row // 2
@@ -147,7 +178,7 @@ class OnlineSoftmax:
         """Fold a tile into the true maxima and the bounds that follow them; returns the new maxima."""
         for row in range(self.rows):
             self.row_max[row] = cute.arch.fmax(self.row_max[row], self._row_max(thread_max[row]), nan=True)
-            self.skip_bound[row] = self.row_max[row] + threshold_raw
+            self.skip_bound[row] = self.row_max[row] + _of_row(threshold_raw, row)
         return [self.row_max[row] for row in range(self.rows)]
 
     def _move(self, row_max: list, factors: cute.Tensor) -> None:
@@ -167,6 +198,11 @@ class OnlineSoftmax:
             values[i] = cute.math.exp2(exponent, fastmath=True)
             scores[row, i] = values[i]
         return _sum(values, row_sum)
+
+
+def _of_row(threshold_raw, row: int):
+    """A row's own threshold, where rows differ in it."""
+    return threshold_raw[row] if isinstance(threshold_raw, list) else threshold_raw
 
 
 def _row(scores: cute.Tensor, row: int) -> list:

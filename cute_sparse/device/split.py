@@ -240,5 +240,5 @@ def _inclusive_scan(value, lane):
 def _store(words: cute.Tensor, walk: Walk) -> None:
     """By a whole warp."""
     with cute.arch.elect_one():
-        for i, value in enumerate(walk):
+        for i, value in enumerate((*walk, Int32(0))):  # the padding too: a 16-byte read fetches it
             words[i] = value

@@ -46,6 +46,11 @@ def pv_mma(dtype, head_dim_v: int) -> cute.TiledMma:
     return _tiled_mma(dtype, head_dim_v, OperandMajorMode.MN, warpgroup.OperandSource.RMEM)
 
 
+def pv_mma_of_shared(dtype, head_dim_v: int) -> cute.TiledMma:
+    """`pv_mma` with P in shared memory, keys contiguous."""
+    return _tiled_mma(dtype, head_dim_v, OperandMajorMode.MN, warpgroup.OperandSource.SMEM)
+
+
 def _tiled_mma(dtype, n: int, b_major, a_source) -> cute.TiledMma:
     return sm90.make_trivial_tiled_mma(
         dtype,

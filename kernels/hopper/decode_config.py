@@ -1,0 +1,149 @@
+"""How the Hopper decode kernel computes a problem: tile size and stages; and which is chosen.
+
+Decode is bound by the bytes of K and V: an SM's share of an H200's memory bandwidth is about 19 bytes a clock (4.8 TB/s
+over 132 SMs at 1.9 GHz). What counts is that enough bytes are always under way, and that no role takes longer for a
+tile than the tile's bytes do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+from cute_sparse.kernels.hopper.config import (
+    ARCH,
+    ELEMENT_BYTES,
+    EXPLAIN_VARIABLE,
+    MMA_FLOP_PER_CYCLE,
+    REGISTERS,
+    SHARED_BYTES,
+    WARPGROUP_ROWS,
+    WARPGROUP_THREADS,
+    padded,
+)
+
+from cute_sparse.problem import Problem, TileGeometry
+
+WARPGROUPS = 3  # load, score, value
+BARRIER_BYTES = 2048  # kept for mbarriers, decisions, the walk and alignment
+ROW_STATE_BYTES = 2 * 4  # per row and P slot: a factor and a maximum, fp32
+
+TILE_NS = (64, 128)
+P_STAGES = 3  # kept tiles by which the scores may be ahead of P V: V's latency, at one tile per 1700 clocks
+DECISION_STAGES = 8  # decisions on their way to the V loader
+MIN_KEYS = 256  # of a CTA's part of the line of all tiles: a guess at what outweighs combining its result
+
+BYTES_PER_CYCLE = 19.0
+BYTES_IN_FLIGHT = 64 << 10  # an SM's share of the bandwidth times 2 us, above the latency under load (an estimate)
+TILE_CYCLES = 250  # of the scores role per tile: barriers, wgmma latency, the vote (an estimate, not yet measured)
+# Of the scores role per key, for a warp's 16 rows: 8 exponentials a thread pair at 4 lanes a clock, and about as many
+# issue slots for maximum, multiply-add, sum, conversion and copy (an estimate, likewise).
+KEY_CYCLES = 8.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """tile_n    keys per KV tile
+    k_stages, v_stages  slots of the K ring and of the V ring
+    p_stages  slots of the ring of P tiles
+    q_stages  slots for Q: with two, the next item's is loaded ahead
+    min_tiles  the fewest KV tiles of a CTA in a stream-K plan
+    """
+
+    tile_n: int
+    k_stages: int
+    v_stages: int
+    p_stages: int = P_STAGES
+    q_stages: int = 2
+    min_tiles: int = 4
+
+    def __post_init__(self) -> None:
+        if self.tile_n not in TILE_NS:
+            raise ValueError(f"{self.tile_n=} must be one of {TILE_NS}")
+        if min(self.k_stages, self.v_stages, self.q_stages, self.min_tiles) < 1 or self.p_stages < 2:
+            raise ValueError(f"{self}: needs slots of every kind, and two for P")
+
+    @property
+    def tile_rows(self) -> int:
+        return WARPGROUP_ROWS
+
+    @property
+    def geometry(self) -> TileGeometry:
+        return TileGeometry(WARPGROUP_ROWS, WARPGROUP_ROWS, self.tile_n, order="descending")
+
+    @property
+    def threads(self) -> int:
+        return WARPGROUPS * WARPGROUP_THREADS
+
+    @property
+    def worker_registers(self) -> int:
+        return REGISTERS[2][0]
+
+    @property
+    def loader_registers(self) -> int:
+        return REGISTERS[2][1]
+
+
+def k_bytes(problem: Problem, tile_n: int) -> int:
+    return tile_n * padded(problem.head_dim) * ELEMENT_BYTES
+
+
+def v_bytes(problem: Problem, tile_n: int) -> int:
+    return tile_n * padded(problem.head_dim_v) * ELEMENT_BYTES
+
+
+def shared_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of a CTA, barriers included."""
+    q = config.q_stages * WARPGROUP_ROWS * padded(problem.head_dim) * ELEMENT_BYTES
+    p = config.p_stages * WARPGROUP_ROWS * (config.tile_n * ELEMENT_BYTES + ROW_STATE_BYTES)
+    kv = config.k_stages * k_bytes(problem, config.tile_n) + config.v_stages * v_bytes(problem, config.tile_n)
+    return q + p + kv + BARRIER_BYTES
+
+
+def fits(problem: Problem, config: Config) -> bool:
+    return shared_bytes(problem, config) <= SHARED_BYTES
+
+
+def candidates(problem: Problem) -> list[Config]:
+    """For every tile size, the deepest rings of K and V that fit, K's no shallower than V's."""
+    found = []
+    for tile_n in TILE_NS:
+        for q_stages in (2, 1):
+            fitting = [
+                config
+                for v_stages in range(2, 17)
+                for k_stages in (v_stages, v_stages + 1)
+                if fits(problem, config := Config(
+                    tile_n, k_stages, v_stages, q_stages=q_stages, min_tiles=MIN_KEYS // tile_n
+                ))
+            ]  # fmt: skip
+            found += fitting[-1:]
+    return found
+
+
+def cost(problem: Problem, config: Config) -> float:
+    """Estimated SM cycles per key and KV head; lower is better.
+
+    A tile takes as long as its bytes or its scores, whichever is more; with fewer bytes under way than the latency
+    asks for, the bytes take longer in proportion. Loading Q late costs a little for every item.
+    """
+    k, v = k_bytes(problem, config.tile_n), v_bytes(problem, config.tile_n)
+    # A slot of each ring is being read.
+    in_flight = (config.k_stages - 1) * k + (config.v_stages - 1) * v
+    bytes_cycles = (k + v) / BYTES_PER_CYCLE * max(1.0, BYTES_IN_FLIGHT / in_flight)
+    mma = 2 * WARPGROUP_ROWS * config.tile_n * padded(problem.head_dim) / MMA_FLOP_PER_CYCLE
+    score = max(mma, config.tile_n * KEY_CYCLES) + TILE_CYCLES
+    late_q = 0.02 if config.q_stages == 1 else 0.0
+    wide_tile = 0.05 if problem.sparsity and config.tile_n > TILE_NS[0] else 0.0  # is skipped less often
+    return max(bytes_cycles, score) / config.tile_n * (1.0 + late_q + wide_tile)
+
+
+def choose(problem: Problem) -> Config:
+    """The candidate of lowest cost."""
+    ranked = sorted(candidates(problem), key=lambda config: cost(problem, config))
+    if os.environ.get(EXPLAIN_VARIABLE):
+        for config in ranked:
+            print(f"{ARCH} decode {cost(problem, config):.3f} cycles/key {config}", file=sys.stderr)
+        print(f"{ARCH} decode chose {ranked[0]} for {problem}", file=sys.stderr)
+    return ranked[0]
