@@ -1,0 +1,456 @@
+"""Modelled time of attention kernels: for comparisons on one chip only. Nothing here was measured on a GPU.
+
+    python -m profiling.model prefill --arch sm_100a --peers fa4 [--case NAME] [--roles]
+    python -m profiling.model calibrate --arch sm_90a
+
+`prefill` prints our kernel's modelled time over each peer's, per published shape; `calibrate` prints FlashAttention-4's
+modelled TFLOP/s beside what others have published of it, and exits with 1 if they differ by more than the bounds below.
+
+How a time comes about
+* The kernel runs in the emulator on a piece of the problem: one KV head with its query heads, one block of BLOCK query
+  tokens, at a few numbers of keys. Every wait, instruction and asynchronous operation of its clusters is traced and
+  replayed by cute_sparse/emulator/timing.py with one chip's rates (cute_sparse/emulator/chips.py).
+* A cluster's cycles are close to a straight line in the number of keys: a prologue and an epilogue, and so many cycles
+  for each key. With a causal mask the piece is the one at the diagonal that ends at that key, so its partly masked
+  tiles are in the line.
+* A launch is the list of all blocks' clusters, longest first, handed to SMs as they become free, which is what all
+  these kernels' schedules amount to. A kernel with one work tile per CTA pays CTA_GAP_CLOCKS between two; of a
+  persistent one a CTA with several work tiles is traced, too, and what it saves from the second on is subtracted.
+* Memory is a floor: the time is at least that of moving each tensor once.
+* Cycles become seconds by a clock under load: long launches draw full power for longer and end up slower. Its three
+  numbers per chip, and LAUNCH_US, are fitted to FlashAttention-4's published figures; they are the same for all shapes
+  and all kernels. The latencies are not fitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import heapq
+import importlib
+import itertools
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from cute_sparse import dispatch, emulator
+from cute_sparse.emulator import chips, timing
+from cute_sparse.emulator.timing import Estimate
+from profiling.bench import CASES, OURS, TABLES, flops
+from profiling.peers import Missing, Shape
+
+ARCHES = tuple(emulator.ARCHES)
+BLOCK = 512  # query tokens of a piece; a multiple of every kernel's work tile
+BLOCK_192 = 768  # the same where a work tile has 192 rows
+KEYS = (512, 1024, 2048)  # of the pieces
+WINDOW_KEYS = (1536,)
+PERSISTENT_KEYS, MANY_TILES = 1024, 4  # work tiles, at least, of the CTA that does several
+CLUSTERS_TIMED = 16  # of a piece, evenly spread
+CTA_GAP_CLOCKS = 600  # from a CTA's end to the next one's first instruction: assumed
+BYTES = 2
+
+# ---- What others have published -----------------------------------------------------------------------------------
+
+PUBLISHED = {  # TFLOP/s of FlashAttention-4 forward in BF16, NVIDIA's cuDNN-frontend CI of 2026-09-28
+    "sm_90a": {
+        "d128-2k-causal": 522, "d128-4k-causal": 619, "d128-8k-causal": 675, "d128-16k-causal": 702,
+        "d128-32k-causal": 638, "d128-2k-full": 671, "d128-4k-full": 734, "d128-8k-full": 756, "d128-16k-full": 686,
+        "d128-32k-full": 679, "d192-128-8k-causal": 714, "d192-128-8k-full": 813, "d256-16k-causal": 810,
+        "dit-17k-full": 763, "dit-75k-full": 675,
+    },
+    # Of the full lengths, three are published as the first, the middle and the last: taken for 2k, 8k and 32k.
+    "sm_100a": {
+        "d128-2k-causal": 1048, "d128-4k-causal": 1334, "d128-8k-causal": 1576, "d128-16k-causal": 1658,
+        "d128-32k-causal": 1611, "d128-2k-full": 1387, "d128-8k-full": 1695, "d128-32k-full": 1510,
+        "d256-2k-causal": 786,
+    },
+}  # fmt: skip
+MODEL_CASES = CASES | {"d256-2k-causal": Shape(1, 2048, 32, 2, 256, 256, True)}
+SPEARMAN_LEAST = 0.8
+ERROR_MOST = 0.2
+
+
+@dataclass(frozen=True)
+class ClockUnderLoad:
+    """What a chip's clock is during a launch of some length: `cold_ghz` in a short one, `hot_ghz` in a long one,
+    halfway (by 1/e) after `heating_ms`. Fitted, see the top of the file."""
+
+    cold_ghz: float
+    hot_ghz: float
+    heating_ms: float
+
+    def ghz(self, cycles: float) -> float:
+        cold_ms = cycles / self.cold_ghz * 1e-6
+        return self.hot_ghz + (self.cold_ghz - self.hot_ghz) * math.exp(-cold_ms / self.heating_ms)
+
+
+CLOCKS = {"sm_90a": ClockUnderLoad(1.7, 1.55, 10), "sm_100a": ClockUnderLoad(1.7, 1.55, 10)}
+LAUNCH_US = 4.0
+
+# ---- Pieces: what is emulated --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kernel's code, and so a piece, depends on. group: query heads per KV head."""
+
+    head_dim: int
+    head_dim_v: int
+    group: int
+    causal: bool
+    window_left: int | None
+
+    @staticmethod
+    def of(shape: Shape) -> Kind:
+        group = shape.heads_q // shape.heads_kv
+        return Kind(shape.head_dim, shape.head_dim_v, group, shape.causal, shape.window_left)
+
+    @property
+    def block(self) -> int:
+        return BLOCK_192 if self.head_dim <= 96 else BLOCK
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        return KEYS if self.window_left is None else WINDOW_KEYS
+
+    def tensors(self, seqlen_k: int, heads_kv: int) -> list[torch.Tensor]:
+        """q (1, block, heads_kv * group, head_dim), k and v (1, seqlen_k, heads_kv, head_dim), standard normal."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = (
+            (1, self.block, heads_kv * self.group, self.head_dim), (1, seqlen_k, heads_kv, self.head_dim),
+            (1, seqlen_k, heads_kv, self.head_dim_v),
+        )  # fmt: skip
+        return [torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of a launch's clusters, timed. clusters: how many it has. ctas: of a cluster. roles: of a CTA's warps."""
+
+    estimates: tuple[Estimate, ...]
+    clusters: int
+    ctas: int
+    roles: tuple[str, ...]
+
+    @property
+    def cycles(self) -> float:
+        return sum(e.cycles for e in self.estimates) / len(self.estimates)
+
+
+class OurKernel:
+    """The kernel that dispatch chooses."""
+
+    name = OURS
+
+    @contextlib.contextmanager
+    def device(self, arch: str, sms: int, one_cta: bool) -> Iterator:
+        with _config_of_one_cta(arch) if one_cta else contextlib.nullcontext():
+            with dispatch.emulated(arch, sms=sms, threads=1, checks=False) as device:
+                yield device
+
+    def call(self, kind: Kind, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        import cute_sparse
+
+        window = (None, None) if kind.window_left is None else (kind.window_left, 0)
+        causal = kind.causal and kind.window_left is None
+        cute_sparse.attention(q, k, v, causal=causal, window_size=window)
+
+
+@contextlib.contextmanager
+def _config_of_one_cta(arch: str) -> Iterator[None]:
+    """Within it, configs whose CTAs claim work tiles start one of them only."""
+    config = importlib.import_module(f"{dispatch.ROOM_OF_ARCH[arch]}.config")
+    choose = config.choose
+
+    def chosen(*arguments, **options):
+        choice = choose(*arguments, **options)
+        return dataclasses.replace(choice, ctas=1) if choice.ctas else choice
+
+    config.choose = chosen
+    try:
+        yield
+    finally:
+        config.choose = choose
+
+
+class FlashAttention4:
+    """From its package, whose memory of the device and of compiled kernels is emptied before each run."""
+
+    name = "fa4"
+
+    @contextlib.contextmanager
+    def device(self, arch: str, sms: int, one_cta: bool) -> Iterator:
+        try:
+            from flash_attn.cute import interface
+        except ImportError as error:
+            raise Missing(f"pip install flash-attn-4: {error}") from None
+        libraries = ("flash_attn.", "quack.")
+        for name, module in list(sys.modules.items()):
+            for value in list(vars(module).values()) if name.startswith(libraries) else ():
+                if hasattr(value, "cache_clear") and str(getattr(value, "__module__", "")).startswith(libraries):
+                    value.cache_clear()
+        interface._flash_attn_fwd.compile_cache.clear()
+        with emulator.device(arch, sms=2 if one_cta else sms, threads=1, checks=False, torch_cuda=True) as device:
+            yield device
+
+    def call(self, kind: Kind, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        from flash_attn.cute import flash_attn_func
+
+        window = (None, None) if kind.window_left is None else (kind.window_left, 0)
+        causal = kind.causal and kind.window_left is None
+        flash_attn_func(q.cuda(), k.cuda(), v.cuda(), causal=causal, window_size=window)
+
+
+PROVIDERS = {provider.name: provider for provider in (OurKernel(), FlashAttention4())}
+
+
+@cache
+def piece(provider: str, arch: str, kind: Kind, seqlen_k: int, heads_kv: int = 1, one_cta: bool = False) -> Piece:
+    """Emulates and times one piece. one_cta: a persistent kernel has but one cluster to do all of it."""
+    chip = chips.chip_of(arch)
+    kernel = PROVIDERS[provider]
+    with warnings.catch_warnings(), kernel.device(arch, chip.sms, one_cta) as device, timing.traced(device):
+        warnings.simplefilter("ignore")
+        kernel.call(kind, *kind.tensors(seqlen_k, heads_kv))
+        launch = device.launches[-1]
+        if len(device.launches) != 1:
+            raise RuntimeError(f"{provider} took {len(device.launches)} launches for {kind}; the model knows one")
+        clusters = timing.traced_clusters(device)
+        step = max(1, clusters // CLUSTERS_TIMED)
+        estimates = tuple(timing.estimate(device, chip, cluster=c) for c in range(0, clusters, step))
+        return Piece(estimates, clusters, math.prod(launch.cluster), tuple(map(_role, launch.warps)))
+
+
+def _role(counts: emulator.Counts) -> str:
+    """What the warps of one index do, by their instructions."""
+    parts = [
+        name
+        for name, does in (
+            ("MMA", counts.mma_instructions), ("exponentials", counts.exponentials), ("load", counts.tma_bytes_loaded),
+            ("store", counts.tma_bytes_stored or counts.global_bytes_written),
+            ("tensor memory", any(opcode.startswith("tcgen05.ld") for opcode in counts.executed)),
+        )
+        if does
+    ]  # fmt: skip
+    return ", ".join(parts) or "idle"
+
+
+# ---- From pieces to launches ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A kernel's clusters: cycles(keys) = fixed + per_key * keys. clusters: of one block of one KV head. saved: cycles
+    that a CTA's second and further work tiles take less (more, if negative)."""
+
+    fixed: float
+    per_key: float
+    clusters: int
+    ctas: int
+    saved: float
+
+    def cycles(self, keys: int) -> float:
+        return self.fixed + self.per_key * keys
+
+
+@cache
+def line(provider: str, arch: str, kind: Kind) -> Line:
+    pieces = [piece(provider, arch, kind, keys) for keys in kind.keys]
+    first = pieces[0]
+    if any((p.clusters, p.ctas) != (first.clusters, first.ctas) for p in pieces):
+        raise RuntimeError(f"{provider} changes its grid with the number of keys: {kind}")
+    fixed, per_key = _straight(kind.keys, [p.cycles for p in pieces])
+    return Line(fixed, per_key, first.clusters, first.ctas, _saved(provider, arch, kind, first))
+
+
+def _straight(x: tuple[int, ...], y: list[float]) -> tuple[float, float]:
+    """Least squares; a constant if there is one point."""
+    if len(x) == 1:
+        return y[0], 0.0
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return mean_y - slope * mean_x, slope
+
+
+def _saved(provider: str, arch: str, kind: Kind, alone: Piece) -> float:
+    keys = PERSISTENT_KEYS if kind.window_left is None else WINDOW_KEYS[0]
+    heads_kv = max(1, MANY_TILES // alone.clusters)
+    together = piece(provider, arch, kind, keys, heads_kv, one_cta=True)
+    tiles = heads_kv * alone.clusters
+    if together.clusters == tiles:
+        return -CTA_GAP_CLOCKS
+    if together.clusters != 1:
+        raise RuntimeError(f"{provider} has {together.clusters} clusters on a chip of one: {kind}")
+    return (piece(provider, arch, kind, keys).cycles * tiles - together.cycles) / (tiles - 1)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """cycles: of the whole launch. cta_cycles: of its longest cluster."""
+
+    cycles: float
+    cta_cycles: float
+    seconds: float
+    tflops: float
+
+
+def launch(provider: str, arch: str, shape: Shape) -> Launch:
+    kind = Kind.of(shape)
+    chip = chips.chip_of(arch)
+    of_kind = line(provider, arch, kind)
+    ends = [min(end, shape.seqlen) for end in range(kind.block, shape.seqlen + kind.block, kind.block)]
+    keys = [end if kind.causal and kind.window_left is None else shape.seqlen for end in reversed(ends)]
+    copies = of_kind.clusters * shape.batch * shape.heads_kv
+    durations = itertools.chain.from_iterable(itertools.repeat(of_kind.cycles(n), copies) for n in keys)
+    cycles = _handed_out(durations, chip.sms // of_kind.ctas, of_kind.saved)
+    seconds = cycles / CLOCKS[arch].ghz(cycles) * 1e-9 + LAUNCH_US * 1e-6
+    seconds = max(seconds, _bytes(shape) / chip.hbm_bytes_per_s)
+    return Launch(cycles, of_kind.cycles(keys[0]), seconds, flops(shape) / seconds * 1e-12)
+
+
+def _handed_out(durations: Iterator[float], slots: int, saved: float) -> float:
+    """When the last of `slots` is done, each taking the next duration as it becomes free."""
+    free = [0.0] * slots
+    for duration in durations:
+        begin = heapq.heappop(free)
+        heapq.heappush(free, begin + duration - (saved if begin else 0))
+    return max(free)
+
+
+def _bytes(shape: Shape) -> int:
+    queries = shape.batch * shape.seqlen * shape.heads_q * (shape.head_dim + shape.head_dim_v)
+    keys = shape.batch * shape.seqlen * shape.heads_kv * (shape.head_dim + shape.head_dim_v)
+    return BYTES * (queries + keys)
+
+
+# ---- Commands ------------------------------------------------------------------------------------------------------
+
+WARNING = "MODELLED, for comparisons on one chip only: nothing below was measured on a GPU."
+
+
+def prefill(arch: str, cases: dict[str, Shape], peers: list[str], roles: bool) -> int:
+    chip = chips.chip_of(arch)
+    print(f"{WARNING} Chip: {chip.name} ({arch}).")
+    header = f"{'case':22} {'ours: TFLOP/s':>14} {'cycles/CTA':>11}"
+    for peer in peers:
+        header += f" | {peer + ': TFLOP/s':>14} {'cycles/CTA':>11} {'ours/' + peer:>10}"
+    print(header)
+    failed = 0
+    for name, shape in cases.items():
+        try:
+            ours = launch(OURS, arch, shape)
+            text = f"{name:22} {ours.tflops:14.0f} {ours.cta_cycles:11.0f}"
+            for peer in peers:
+                theirs = launch(peer, arch, shape)
+                ratio = ours.seconds / theirs.seconds
+                text += f" | {theirs.tflops:14.0f} {theirs.cta_cycles:11.0f} {ratio:10.3f}"
+            print(text, flush=True)
+        except (Missing, NotImplementedError, emulator.EmulatorError) as error:
+            failed = 1
+            print(f"{name:22} not modelled: {str(error).splitlines()[0]}", flush=True)
+    if roles:
+        for provider in [OURS, *peers]:
+            for kind in dict.fromkeys(Kind.of(shape) for shape in cases.values()):
+                print_roles(provider, arch, kind)
+    return failed
+
+
+def print_roles(provider: str, arch: str, kind: Kind) -> None:
+    """Of one cluster of the longest piece: what each role's warps did with their time."""
+    longest = piece(provider, arch, kind, kind.keys[-1])
+    fitted = line(provider, arch, kind)
+    estimate = longest.estimates[0]
+    total, cta = estimate.cycles, estimate.ctas[0]
+    print(f"\n{provider} {arch} {kind}, {kind.keys[-1]} keys")
+    print(f"  {total:.0f} cycles, the tensor core busy for {cta.tensor / total:.0%}")
+    print(f"  {fitted.per_key * 128:.0f} cycles per 128 keys, {fitted.fixed:.0f} fixed, next tile {-fitted.saved:+.0f}")
+    print(f"  {'warps':>7} {'do':34} {'issued':>7} {'exp':>5} {'fma':>5} {'alu':>5} {'waits':>6}  most, at PTX lines")
+    for (role, first), last in _runs(longest.roles):
+        w = cta.warps[first]
+        units = [w.units.get(unit, 0) / total for unit in ("mufu", "fma", "alu")]
+        waits = sorted(w.lines.items(), key=lambda item: -item[1])[:3]
+        longest_waits = ", ".join(f"{clocks / total:.0%} at {number}" for number, clocks in waits)
+        print(
+            f"  {f'{first}-{last}':>7} {role:34} {w.issued:7} {units[0]:5.0%} {units[1]:5.0%} {units[2]:5.0%} "
+            f"{sum(w.waits.values()) / total:6.0%}  {longest_waits}"
+        )
+
+
+def _runs(roles: tuple[str, ...]) -> Iterator[tuple[tuple[str, int], int]]:
+    """((role, first warp), last warp) of neighbours that do the same."""
+    at = 0
+    for role, group in itertools.groupby(roles):
+        n = len(list(group))
+        yield (role, at), at + n - 1
+        at += n
+
+
+def calibrate(arch: str) -> int:
+    """Prints modelled beside published figures; 1 if they are outside the bounds."""
+    print(f"{WARNING} Chip: {chips.chip_of(arch).name} ({arch}), FlashAttention-4 forward, BF16.")
+    print(f"{'case':22} {'published':>9} {'modelled':>9} {'error':>7}")
+    published = PUBLISHED[arch]
+    modelled = {}
+    for name, theirs in published.items():
+        modelled[name] = launch("fa4", arch, MODEL_CASES[name]).tflops
+        print(f"{name:22} {theirs:9.0f} {modelled[name]:9.0f} {modelled[name] / theirs - 1:+7.1%}", flush=True)
+    rank = spearman(list(published.values()), list(modelled.values()))
+    worst = max(abs(modelled[name] / theirs - 1) for name, theirs in published.items())
+    good = rank >= SPEARMAN_LEAST and worst <= ERROR_MOST
+    verdict = "within" if good else "OUTSIDE"
+    print(
+        f"Spearman {rank:.2f} (at least {SPEARMAN_LEAST}), worst error {worst:.1%} (at most {ERROR_MOST:.0%}): "
+        f"{verdict} the bounds. Fitted: {CLOCKS[arch]}, {LAUNCH_US=}."
+    )
+    return 0 if good else 1
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """Correlation of ranks; equal values share the mean of their ranks."""
+    x, y = _ranks(a), _ranks(b)
+    mean = (len(a) + 1) / 2
+    covariance = sum((i - mean) * (j - mean) for i, j in zip(x, y, strict=True))
+    return covariance / math.sqrt(sum((i - mean) ** 2 for i in x) * sum((j - mean) ** 2 for j in y))
+
+
+def _ranks(values: list[float]) -> list[float]:
+    return [sum(v < value for v in values) + (1 + sum(v == value for v in values)) / 2 for value in values]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m profiling.model", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    compare = commands.add_parser("prefill", help="our modelled time over the peers'")
+    compare.add_argument("--peers", default="fa4", help="comma-separated; only fa4 is modelled")
+    compare.add_argument("--case", action="append", help="a published shape; all of them by default")
+    compare.add_argument("--roles", action="store_true", help="what each role's warps do with their time")
+    against = commands.add_parser("calibrate", help="FlashAttention-4, modelled beside published")
+    for command in (compare, against):
+        command.add_argument("--arch", required=True)
+    options = parser.parse_args(arguments)
+    if options.arch not in ARCHES:
+        parser.error(f"--arch {options.arch} is not modelled; these are: {', '.join(ARCHES)}")
+    if options.command == "calibrate":
+        return calibrate(options.arch)
+    peers = [name for name in options.peers.split(",") if name]
+    for name in peers:
+        if name not in PROVIDERS or name == OURS:
+            parser.error(f"--peers {name} is not modelled; these are: {', '.join(p for p in PROVIDERS if p != OURS)}")
+    published = TABLES | {name: MODEL_CASES[name] for name in PUBLISHED[options.arch]}
+    for name in options.case or ():
+        if name not in MODEL_CASES:
+            parser.error(f"--case {name} is unknown; these are known: {', '.join(MODEL_CASES)}")
+    cases = {name: MODEL_CASES[name] for name in options.case} if options.case else published
+    return prefill(options.arch, cases, peers, options.roles)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUTE_SPARSE_CACHE", "0")  # the emulator must know the PTX of what it runs
+    sys.exit(main())
