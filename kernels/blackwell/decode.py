@@ -1,0 +1,1055 @@
+"""Decode attention on Blackwell: out = softmax(mask(scale * Q K^T)) V for 1 to 16 queries a sequence and a long cache.
+
+q (batch, seqlen_q, heads_q, head_dim), caches (batch, capacity, heads_kv, head_dim[_v]) or pages of them, lengths in
+seqused_k. All queries of all heads of one KV head are packed into the rows of one tile (`PackedRows`), K streams past
+it from the last key to the first, and of V only those tiles are fetched whose keys some row wants: a KV tile whose
+scores all lie ln(lambda) below the rows' running maxima is skipped. The tiles of all sequences are cut evenly among
+the CTAs (`SplitPlan`), whose partial results are combined in the same launch (`Results`).
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.blackwell_helpers as sm100
+from cute_sparse.kernels.blackwell import tmem, umma
+from cute_sparse.kernels.blackwell.config import (
+    ELEMENT_BYTES,
+    THREADS_PER_WARP,
+    TILE_M,
+    WARPS_PER_GROUP,
+)
+from cute_sparse.kernels.blackwell.decode_config import ROW_WORDS, SUM_COLUMNS, DecodeConfig, choose
+from cute_sparse.kernels.blackwell.softmax import (
+    RowSoftmax,
+    accumulated,
+    any_of_group,
+    exponentials,
+    maximum,
+    multiply_row,
+    pack,
+    tile_maximum,
+)
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+from cutlass.memory import SmemAllocator
+
+from cute_sparse.device.bundles import Cache, DecodeOperands, decode_operands, log2_threshold
+from cute_sparse.device.combine import PackedRows, Results, normaliser
+from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
+from cute_sparse.device.softmax import FLOOR
+from cute_sparse.device.split import WALK_WORDS, Segment, SplitPlan
+from cute_sparse.operands import DECODE
+from cute_sparse.problem import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, Problem, check_supported, head_dim_feature
+
+DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
+HEAD_DIMS = range(HEAD_DIM_MULTIPLE, HEAD_DIM_MAX + 1, HEAD_DIM_MULTIPLE)
+PAGE_SIZES = (16, 32, 64, 128, 256)  # tokens
+SUPPORTS = frozenset(
+    {f"dtype:{name}" for name in DTYPES}
+    | {head_dim_feature(head_dim, head_dim) for head_dim in HEAD_DIMS}
+    | {head_dim_feature(192, 128)}
+    | {f"page_size:{tokens}" for tokens in PAGE_SIZES}
+    | {"mask:full", "mask:causal", "mask:band", "softcap", "sparsity:threshold", "share_max", "lse", "stats"}
+)
+
+GROUP_THREADS = WARPS_PER_GROUP * THREADS_PER_WARP
+FRAGMENT = 32  # columns of S that are exponentiated, rounded and stored together
+OUTPUT_FRAGMENT = 16  # columns of O in registers at a time
+VECTOR_BYTES = 16
+VECTOR_WORDS = VECTOR_BYTES // 4
+VECTOR = VECTOR_BYTES // ELEMENT_BYTES  # elements of one vector load
+Q_BATCH = 4  # vectors of Q that a lane has under way
+KEPT, SKIPPED = 1, 2  # in the skip map
+END, END_EMPTY = -1, -2  # instead of a KV tile in a message: the segment is over; no tile of it was kept
+RESCALE, HIDE, FINISH = 1, 2, 4  # flags of an event
+EVENT_WORDS = 8
+TILE_ALIGN_BYTES = 1024  # shared-memory tiles: one repetition of the widest swizzle
+
+
+class NamedBarrier(IntEnum):
+    """Hardware barriers. 0 is the whole CTA's."""
+
+    CTA = 0
+    VOTE = 1  # the 128 softmax threads that decide on a skip
+    FINISH = 2  # the 128 correction threads, at a segment's end
+
+
+class Pipes(NamedTuple):
+    """The mbarriers; who arrives is in the class docstring. Rings have slots."""
+
+    q: Ring
+    k: Ring
+    v: Ring
+    s: Ring
+    p: Ring
+    wanted: Any  # one a slot of P
+    event: Any
+    event_done: Any
+
+
+class Tiles(NamedTuple):
+    """The shared-memory tiles and words."""
+
+    sQ: Any  # (MMA, MMA_M, MMA_K, 1)
+    sK: Any  # (MMA, MMA_N, MMA_K, slot)
+    sV: Any  # (MMA, MMA_N, MMA_K, slot)
+    sK_strips: Any  # (box rows, strip, boxes of a strip, strips, slot): the same, as TMA fills it
+    sV_strips: Any
+    sTile: Any  # (p_stages,) int32: the KV tile whose P is in a slot, or END, or END_EMPTY
+    sMoved: Any  # (warps, p_stages) int32: whether the warp moved a reference of its rows
+    sEvent: Any  # (EVENT_WORDS,) int32
+    sMax: Any  # (warps, lanes, 2) fp32: maxima of the quarters of a tile's keys; two tiles'
+    sSum: Any  # (SUM_COLUMNS, lanes, warps) fp32: columns of O of the quarters
+    sWalk: Any  # (WALK_WORDS,) int32
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Everything the kernel is given; `k` and `v` hold the coordinates that the TMA atoms take."""
+
+    decode: DecodeOperands
+    plan: SplitPlan
+    results: Results
+    k_atom: cute.CopyAtom
+    v_atom: cute.CopyAtom
+    k: Cache
+    v: Cache
+    mma_s: cute.TiledMma
+    mma_o: cute.TiledMma
+    sQ_layout: cute.ComposedLayout
+    sK_layout: cute.ComposedLayout
+    sV_layout: cute.ComposedLayout
+    group: Int32  # query heads per KV head
+    narrow: Boolean  # all rows fit `narrow_rows`
+
+
+class Keys(NamedTuple):
+    """The keys [begin, end) that any query of a sequence sees."""
+
+    begin: Any
+    end: Any
+
+
+class Window(NamedTuple):
+    """32 neighbouring entries of a sequence's page table, one a lane; `number` is -1 before the first."""
+
+    number: Any
+    block: Any
+
+
+class Place(NamedTuple):
+    """What a softmax thread knows of its place in a segment.
+
+    row      in the row block
+    columns  of a tile that it takes (known while tracing), from `first_column` on
+    active   its warp has a row that exists
+    """
+
+    row: Any
+    columns: Any
+    first_column: Any
+    warp: Any
+    lane: Any  # tensor-memory address of the warp's first lane, column 0
+    q_idx: Any
+    exists: Any
+    active: Any
+
+
+class Event(NamedTuple):
+    """What the value MMA warp asks of the correction warps, as words of sEvent."""
+
+    flags: Any
+    p_slot: Any
+    v_slot: Any
+    v_phase: Any
+    first_key: Any  # in the tile: the keys before it, and from `end_key` on, are to be hidden
+    end_key: Any
+
+
+class Operand(NamedTuple):
+    """Descriptors of one operand in shared memory."""
+
+    first: Any  # of the first instruction, slot 0
+    steps: Any  # per instruction, what to add
+    slot_stride: Any
+
+
+class Decode:
+    """The kernel of one (problem, config).
+
+    Roles (13 warps, 152 registers a thread)
+      load_q      a warp: the rows of Q by vector loads, into the swizzled tile that the MMA reads
+      load_k      a warp: K by TMA, as far ahead as the ring goes
+      load_v      a warp: V by TMA; with a threshold, of kept tiles, as soon as they are known
+      score_mma   a warp, one elected thread: S = Q K^T, as far ahead as there are buffers of S
+      softmax     a warpgroup: S -> maximum, vote, P, row sum. It never waits for V
+      value_mma   a warp, one elected thread: O += P V of kept tiles
+      correction  a warpgroup: what seldom happens to O and V, and the results of a segment
+
+    Narrow and wide. With more than 32 packed rows a softmax thread owns a row, its tensor-memory lane. With at most 32
+    (a query group of 8 with up to 4 queries) the rows of Q are laid down four times, once for the lanes of each warp:
+    each warp takes a quarter of a tile's keys, writes only its columns of P (the others are zero and stay so), and has
+    an O of its own quarter. At a segment's end the four are added up, like splits.
+
+    Pipelines (producer -> consumer: slots; what completes it: arrivals)
+      q        load_q -> score_mma: 1; full: 1; empty: 1 commit of the segment's last Q K^T
+      k        load_k -> score_mma: ring; full: 1 + TMA bytes; empty: 1 commit of Q K^T
+      s        score_mma -> softmax: buffers of S; full: 1 commit of Q K^T; empty: 4 warps have S in registers
+      wanted   softmax -> load_v, with a threshold: slots of P; 1: sTile names a kept tile, or the segment's end.
+               Its slot is empty again with that of P
+      v        load_v -> value_mma: ring, in step with the kept tiles; full: 1 + TMA bytes; empty: 1 commit of P V
+      p        softmax -> value_mma: slots of P; full: 4 warps: P and the rows' factor are written, or at the end the
+               rows' sum and maximum; empty: 1 commit of P V (at the end: 1 arrival), and with a threshold 1 of load_v
+      event    value_mma -> correction: 1; 1 commit of all P V so far and 1 arrival: sEvent says what is to be done
+      event_done  correction -> value_mma: 4 warps: it is done, of a segment's end as much as touches tensor memory
+
+    Timeline (steady state; the KV tile in brackets)
+      load_k     K(i+8)          K(i+9)
+      score_mma  Q K(i+3)        Q K(i+4)
+      softmax    S(i): max, vote, exp, P, sum      S(i+1)
+      load_v     V(i)            V(i+1)
+      value_mma  P V(i-3)        P V(i-2)
+
+    Events are rare: a reference that moved by more than 2^8 (O is multiplied with the rows' factors), a tile in which
+    some keys are beyond the sequence (its rows of V may hold anything and are set to zero, because 0 * NaN is NaN), and
+    the segment's end.
+    """
+
+    def __init__(self, problem: Problem, config: DecodeConfig) -> None:
+        self.problem = problem
+        self.config = config
+        self.dtype = DTYPES[problem.dtype]
+        self.sparse = problem.sparsity is not None
+        self.paged = problem.page_size > 0
+        self.box_rows = min(problem.page_size or config.tile_n, config.tile_n)  # tokens of one TMA box
+        self.boxes = config.tile_n // self.box_rows  # of a tile, per strip
+        self.steps_k = config.head_dim // umma.INSTRUCTION_K
+        self.steps_v = config.tile_n // umma.INSTRUCTION_K
+        self.s_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.tile_n, b_major_mn=False)
+        self.o_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.head_dim_v, b_major_mn=True)
+
+    @cute.jit
+    def __call__(self, *values, stream):
+        config, problem, dtype = self.config, self.problem, self.dtype
+        decode = decode_operands(problem, values)
+        one = tcgen05.CtaGroup.ONE
+        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
+        mma_s = sm100.make_trivial_tiled_mma(dtype, dtype, k_major, k_major, Float32, one, (TILE_M, config.tile_n))
+        mma_o = sm100.make_trivial_tiled_mma(
+            dtype, dtype, k_major, mn_major, Float32, one, (TILE_M, config.head_dim_v), tcgen05.OperandSource.TMEM
+        )
+        k_tile = (TILE_M, config.tile_n, config.head_dim)
+        v_tile = (TILE_M, config.head_dim_v, config.tile_n)
+        sQ_layout = sm100.make_smem_layout_a(mma_s, k_tile, dtype, 1)
+        sK_layout = sm100.make_smem_layout_b(mma_s, k_tile, dtype, config.k_stages)
+        sV_layout = sm100.make_smem_layout_b(mma_o, v_tile, dtype, config.v_stages)
+        k_atom, k = self._tma_atom(decode.k, sK_layout, config.k_strip)
+        v_atom, v = self._tma_atom(decode.v, sV_layout, config.v_strip)
+        group = decode.heads_q // cutlass.max(decode.heads_kv, 1)
+        plan = SplitPlan(
+            problem.mask,
+            config.tile_n,
+            config.min_tiles,
+            decode.seqused_k,
+            decode.capacity,
+            decode.seqlen_q,
+            decode.window_left,
+            decode.window_right,
+            decode.batch,
+            decode.heads_kv,
+            decode.row_blocks,
+            decode.num_splits,
+            decode.ctas,
+        )
+        self.storage = shared_storage(config, dtype, sQ_layout, sK_layout, sV_layout)
+        operands = Operands(
+            decode,
+            plan,
+            Results.of(decode, problem.head_dim_v),
+            k_atom,
+            v_atom,
+            k,
+            v,
+            mma_s,
+            mma_o,
+            sQ_layout,
+            sK_layout,
+            sV_layout,
+            group,
+            decode.seqlen_q * group <= config.narrow_rows,
+        )
+        grid = (decode.ctas, 1, 1)
+        self.kernel(operands).launch(grid=grid, block=(config.threads, 1, 1), stream=stream, min_blocks_per_mp=1)
+
+    def _tma_atom(self, cache: Cache, layout, strip: int):
+        """The atom that loads a box of `box_rows` tokens and one strip of columns, and the cache's coordinates."""
+        box = cute.make_layout((self.box_rows, strip), stride=(strip, 1))
+        box = cute.make_composed_layout(layout.inner, 0, box)
+        load = cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.ONE)
+        atom, coordinates = cpasync.make_tiled_tma_atom(load, cache.tensor, box, (self.box_rows, strip))
+        return atom, cache.viewed_as(coordinates)
+
+    @cute.kernel
+    def kernel(self, op: Operands):
+        config = self.config
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = SmemAllocator().allocate(self.storage)
+        pipes = self._pipes(storage)
+        tiles = self._tiles(op, storage)
+        if warp == 0:
+            with cute.arch.elect_one():
+                self._initialise(pipes)
+        if warp == config.load_k_warp:
+            cpasync.prefetch_descriptor(op.k_atom)
+            cpasync.prefetch_descriptor(op.v_atom)
+        if warp == config.load_q_warp:
+            op.plan.locate(tiles.sWalk)
+        if warp == config.score_mma_warp:
+            tmem.allocate(storage.tmem_base.ptr)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        base = tmem.BASE
+
+        if warp < config.correction_warp:
+            if op.narrow:
+                self.softmax(op, pipes, tiles, base, True)
+            else:
+                self.softmax(op, pipes, tiles, base, False)
+        elif warp < config.score_mma_warp:
+            self.correct(op, pipes, tiles, base)
+        elif warp == config.score_mma_warp:
+            self.multiply_scores(op, pipes, tiles, base)
+        elif warp == config.value_mma_warp:
+            self.multiply_values(op, pipes, tiles, base)
+        elif warp == config.load_k_warp:
+            self.load_k(op, pipes, tiles)
+        elif warp == config.load_v_warp:
+            self.load_v(op, pipes, tiles)
+        else:
+            self.load_q(op, pipes, tiles)
+
+        cute.arch.sync_threads()
+        if warp == config.score_mma_warp:
+            tmem.deallocate(base)
+
+    # ------------------------------------------------------------------------------------------------ load
+
+    @cute.jit
+    def load_q(self, op: Operands, pipes: Pipes, tiles: Tiles):
+        """One segment after the other: the packed rows of Q, four times if narrow. Rows that do not exist are zero at
+        first and then those of some segment before; nobody looks at what comes of them."""
+        config, q = self.config, op.decode.q
+        lane = cute.arch.lane_idx()
+        vectors_per_row = config.head_dim // VECTOR
+        zeros = cute.make_rmem_tensor(VECTOR_WORDS, Int32)
+        zeros.fill(0)
+        sQ_address = tiles.sQ.iterator.toint()
+        for first in cutlass.range(0, config.q_bytes, VECTOR_BYTES * THREADS_PER_WARP, unroll=1):
+            cute.autovec_copy(zeros, _shared_words(sQ_address + first + lane * VECTOR_BYTES))
+        copies = cutlass.select_(op.narrow, Int32(WARPS_PER_GROUP), Int32(1))
+        cursor = producer_cursor()
+        walk = op.plan.first(tiles.sWalk)
+        while op.plan.more(walk):
+            segment = op.plan.segment(walk)
+            if _visited(segment) > 0:
+                rows = self._rows(op, segment)
+                count = rows.count * vectors_per_row
+                for first in cutlass.range(lane, count, THREADS_PER_WARP * Q_BATCH, unroll=1):
+                    batch = cute.make_rmem_tensor((VECTOR_WORDS, Q_BATCH), Int32)
+                    batch.fill(0)
+                    for i in cutlass.range_constexpr(Q_BATCH):
+                        number = first + i * THREADS_PER_WARP
+                        row, column = number // vectors_per_row, VECTOR * (number % vectors_per_row)
+                        if number < count and column < self.problem.head_dim:
+                            coordinate = (rows.query(row), column, rows.head(row), rows.batch_idx)
+                            source = (q.iterator + cute.crd2idx(coordinate, q.layout)).toint()
+                            cute.autovec_copy(_global_words(source), batch[None, i])
+                    if first == lane:
+                        pipes.q.acquire(cursor)
+                    for i in cutlass.range_constexpr(Q_BATCH):
+                        number = first + i * THREADS_PER_WARP
+                        row, column = number // vectors_per_row, VECTOR * (number % vectors_per_row)
+                        if number < count:
+                            for copy in cutlass.range(copies, unroll=1):
+                                offset = self._q_offset(row + copy * config.narrow_rows, column)
+                                cute.autovec_copy(batch[None, i], _shared_words(sQ_address + offset))
+                cute.arch.fence_view_async_shared()
+                cute.arch.sync_warp()
+                with cute.arch.elect_one():
+                    pipes.q.publish(cursor)
+                cursor = pipes.q.advanced(cursor)
+            walk = op.plan.next(walk)
+
+    def _q_offset(self, row, column):
+        """Bytes from the beginning of the tile of Q to 16 bytes of a row: strip after strip, swizzled."""
+        strip = self.config.k_strip
+        strip_bytes = strip * ELEMENT_BYTES
+        offset = (column // strip * TILE_M + row) * strip_bytes + column % strip * ELEMENT_BYTES
+        return offset ^ ((offset >> 3) & (strip_bytes - VECTOR_BYTES))
+
+    @cute.jit
+    def load_k(self, op: Operands, pipes: Pipes, tiles: Tiles):
+        cursor = producer_cursor()
+        walk = op.plan.first(tiles.sWalk)
+        while op.plan.more(walk):
+            segment = op.plan.segment(walk)
+            if _visited(segment) > 0:
+                keys, window = self._keys(op, segment), Window(Int32(-1), Int32(0))
+                for position in cutlass.range(segment.begin, segment.end, unroll=1):
+                    n_block = segment.tile - position
+                    window = self._page_window(op.k, segment, keys, n_block, window)
+                    pipes.k.acquire(cursor)
+                    pipes.k.expect(cursor, self.config.k_slot_bytes)
+                    self._load_tile(op.k_atom, op.k, tiles.sK_strips, pipes.k, cursor, segment, n_block, window)
+                    cursor = pipes.k.advanced(cursor)
+            walk = op.plan.next(walk)
+
+    @cute.jit
+    def load_v(self, op: Operands, pipes: Pipes, tiles: Tiles):
+        cursor, p_cursor = producer_cursor(), consumer_cursor()
+        walk = op.plan.first(tiles.sWalk)
+        while op.plan.more(walk):
+            segment = op.plan.segment(walk)
+            keys, window = self._keys(op, segment), Window(Int32(-1), Int32(0))
+            if const_expr(self.sparse):
+                if segment.begin < segment.end:
+                    n_block = self._wanted(pipes, tiles, p_cursor)
+                    p_cursor = pipes.p.advanced(p_cursor)
+                    while n_block >= 0:
+                        window = self._page_window(op.v, segment, keys, n_block, window)
+                        cursor = self._load_v(op, pipes, tiles, segment, n_block, window, cursor)
+                        n_block = self._wanted(pipes, tiles, p_cursor)
+                        p_cursor = pipes.p.advanced(p_cursor)
+            else:
+                for i in cutlass.range(_visited(segment), unroll=1):
+                    n_block = segment.tile - segment.begin - i
+                    window = self._page_window(op.v, segment, keys, n_block, window)
+                    cursor = self._load_v(op, pipes, tiles, segment, n_block, window, cursor)
+            walk = op.plan.next(walk)
+
+    @cute.jit
+    def _load_v(self, op: Operands, pipes: Pipes, tiles: Tiles, segment, n_block: Int32, window, cursor: Cursor):
+        pipes.v.acquire(cursor)
+        pipes.v.expect(cursor, self.config.v_slot_bytes)
+        self._load_tile(op.v_atom, op.v, tiles.sV_strips, pipes.v, cursor, segment, n_block, window)
+        return pipes.v.advanced(cursor)
+
+    @cute.jit
+    def _wanted(self, pipes: Pipes, tiles: Tiles, cursor: Cursor) -> Int32:
+        """The next kept tile, or END or END_EMPTY."""
+        cute.arch.mbarrier_wait(pipes.wanted + cursor.index, cursor.phase)
+        n_block = tiles.sTile[cursor.index]
+        cute.arch.sync_warp()
+        pipes.p.release(cursor)
+        return n_block
+
+    @cute.jit
+    def _page_window(self, cache: Cache, segment: Segment, keys: Keys, n_block: Int32, window: Window):
+        """The window with a tile's pages. Entries of pages without a visible key are not read: their block is `blocks`,
+        which does not exist and loads as zeros."""
+        number, block = window
+        if const_expr(self.paged):
+            page_size = self.problem.page_size
+            wanted = n_block * self.config.tile_n // page_size // THREADS_PER_WARP
+            if wanted != number:
+                number = wanted
+                page = number * THREADS_PER_WARP + cute.arch.lane_idx()
+                block = cache.blocks
+                if page >= keys.begin // page_size and page * page_size < keys.end:
+                    block = cache.page_table[page, segment.batch_idx]
+        return Window(number, block)
+
+    @cute.jit
+    def _load_tile(self, atom, cache: Cache, shared, ring: Ring, cursor: Cursor, segment, n_block: Int32, window):
+        barrier = ring.full(cursor)
+        _, strip, boxes, strips, _ = shared.shape
+        for box in cutlass.range_constexpr(boxes):
+            number = n_block * boxes + box  # of the sequence's boxes
+            block = segment.batch_idx
+            if const_expr(self.paged):
+                boxes_per_page = self.problem.page_size // self.box_rows
+                page = number // boxes_per_page
+                number = number % boxes_per_page
+                block = cute.arch.shuffle_sync(window.block, page % THREADS_PER_WARP)
+            head = cache.tensor[None, None, segment.kv_head, block]
+            gBoxes = cute.local_tile(head, (self.box_rows, strip), (None, None))  # (.., .., boxes, strips)
+            tSsS, tSgS = _tma_partition(atom, shared, gBoxes)
+            for i in cutlass.range_constexpr(strips):
+                cute.copy(atom, tSgS[None, number, i], tSsS[None, box, i, cursor.index], tma_bar_ptr=barrier)
+
+    # ------------------------------------------------------------------------------------------------ mma
+
+    @cute.jit
+    def multiply_scores(self, op: Operands, pipes: Pipes, tiles: Tiles, base: cutlass.Constexpr[int]):
+        """S = Q K^T of every tile."""
+        plan = self.config.tmem
+        q, k = _operand(op.mma_s.make_fragment_A(tiles.sQ)), _operand(op.mma_s.make_fragment_B(tiles.sK))
+        q_cursor, k_cursor, s_cursor = consumer_cursor(), consumer_cursor(), producer_cursor()
+        walk = op.plan.first(tiles.sWalk)
+        while op.plan.more(walk):
+            steps = _visited(op.plan.segment(walk))
+            if steps > 0:
+                pipes.q.wait(q_cursor)
+            for i in cutlass.range(steps, unroll=1):
+                pipes.s.acquire(s_cursor)
+                pipes.k.wait(k_cursor)
+                tmem.fence_after_sync()
+                with cute.arch.elect_one():
+                    scores = base + plan.scores + s_cursor.index * plan.scores_stride
+                    k_first = k.first + Int64(k_cursor.index * k.slot_stride)
+                    q_first = umma.opaque(q.first)
+                    for step in cutlass.range_constexpr(self.steps_k):
+                        q_step, k_step = q_first + q.steps[step], k_first + k.steps[step]
+                        umma.issue_from_shared(scores, q_step, k_step, self.s_instruction, step > 0)
+                    umma.commit(pipes.s.full(s_cursor))
+                    umma.commit(pipes.k.empty(k_cursor))
+                if i == steps - 1:
+                    with cute.arch.elect_one():
+                        umma.commit(pipes.q.empty(q_cursor))
+                s_cursor, k_cursor = pipes.s.advanced(s_cursor), pipes.k.advanced(k_cursor)
+            if steps > 0:
+                q_cursor = pipes.q.advanced(q_cursor)
+            walk = op.plan.next(walk)
+
+    @cute.jit
+    def multiply_values(self, op: Operands, pipes: Pipes, tiles: Tiles, base: cutlass.Constexpr[int]):
+        """O += P V of kept tiles."""
+        config, plan = self.config, self.config.tmem
+        v = _operand(op.mma_o.make_fragment_B(tiles.sV))
+        p_cursor, v_cursor, event_parity = consumer_cursor(), consumer_cursor(), Int32(0)
+        walk = op.plan.first(tiles.sWalk)
+        while op.plan.more(walk):
+            segment = op.plan.segment(walk)
+            if segment.begin < segment.end:
+                keys = self._keys(op, segment)
+                started = Boolean(False)
+                n_block, moved = self._message(pipes, tiles, p_cursor)
+                while n_block >= 0:
+                    pipes.v.wait(v_cursor)
+                    first_key, end_key = keys.begin - n_block * config.tile_n, keys.end - n_block * config.tile_n
+                    flags = cutlass.select_(moved & started, Int32(RESCALE), Int32(0))
+                    flags = flags | cutlass.select_((first_key > 0) | (end_key < config.tile_n), Int32(HIDE), Int32(0))
+                    if flags != 0:
+                        event = Event(flags, p_cursor.index, v_cursor.index, v_cursor.phase, first_key, end_key)
+                        self._raise(pipes, tiles, event, event_parity)
+                        event_parity = event_parity ^ 1
+                    with cute.arch.elect_one():
+                        probabilities = base + plan.probabilities + p_cursor.index * plan.probabilities_stride
+                        v_first = v.first + Int64(v_cursor.index * v.slot_stride)
+                        for step in cutlass.range_constexpr(self.steps_v):
+                            p_step = probabilities + step * umma.INSTRUCTION_K // 2  # two elements of P a column
+                            accumulate = started if step == 0 else True
+                            umma.issue_from_tensor(
+                                base + plan.output, p_step, v_first + v.steps[step], self.o_instruction, accumulate
+                            )
+                        umma.commit(pipes.v.empty(v_cursor))
+                        umma.commit(pipes.p.empty(p_cursor))
+                    started = Boolean(True)
+                    v_cursor, p_cursor = pipes.v.advanced(v_cursor), pipes.p.advanced(p_cursor)
+                    n_block, moved = self._message(pipes, tiles, p_cursor)
+                nothing = Int32(0)
+                flags = Int32(FINISH)
+                event = Event(flags, p_cursor.index, nothing, nothing, nothing, nothing)
+                self._raise(pipes, tiles, event, event_parity)
+                event_parity = event_parity ^ 1
+                pipes.p.release(p_cursor)
+                p_cursor = pipes.p.advanced(p_cursor)
+            walk = op.plan.next(walk)
+
+    @cute.jit
+    def _message(self, pipes: Pipes, tiles: Tiles, cursor: Cursor):
+        """The KV tile whose P is ready (or END or END_EMPTY), and whether a row's reference moved."""
+        pipes.p.wait(cursor)
+        tmem.fence_after_sync()
+        n_block = tiles.sTile[cursor.index]
+        moved = tiles.sMoved[cute.arch.lane_idx() % WARPS_PER_GROUP, cursor.index] != 0
+        cute.arch.sync_warp()  # all lanes have read before one of them lets the slot be written again
+        return n_block, cute.arch.vote_any_sync(moved)
+
+    @cute.jit
+    def _raise(self, pipes: Pipes, tiles: Tiles, event: Event, parity: Int32):
+        """Have the correction warps handle an event, after all P V so far, and wait until they have."""
+        with cute.arch.elect_one():
+            for i in cutlass.range_constexpr(len(event)):
+                tiles.sEvent[i] = event[i]
+            tmem.fence_before_sync()
+            cute.arch.mbarrier_arrive(pipes.event)
+            umma.commit(pipes.event)
+        cute.arch.mbarrier_wait(pipes.event_done, parity)
+        tmem.fence_after_sync()
+
+    # ------------------------------------------------------------------------------------------------ softmax
+
+    @cute.jit
+    def softmax(
+        self, op: Operands, pipes: Pipes, tiles: Tiles, base: cutlass.Constexpr[int], narrow: cutlass.Constexpr[bool]
+    ):
+        config, plan = self.config, self.config.tmem
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        lane = base + tmem.lane_offset(warp)
+        columns = config.tile_n // WARPS_PER_GROUP if const_expr(narrow) else config.tile_n
+        row = cute.arch.lane_idx() if const_expr(narrow) else cute.arch.thread_idx()[0]
+        first_column = warp * columns if const_expr(narrow) else Int32(0)
+        self._clear_probabilities(lane)
+        s_cursor, p_cursor, parity = consumer_cursor(), producer_cursor(), Int32(0)
+        walk = op.plan.first(tiles.sWalk)
+        while op.plan.more(walk):
+            segment = op.plan.segment(walk)
+            if segment.begin < segment.end:
+                rows = self._rows(op, segment)
+                exists = row < rows.count
+                active = Boolean(True) if const_expr(narrow) else warp * THREADS_PER_WARP < rows.count
+                band = op.plan.band(segment.batch_idx)
+                place = Place(row, columns, first_column, warp, lane, rows.query(row), exists, active)
+                state = RowSoftmax.create(op.decode.scale.scale_log2, self._threshold_log2(op, rows, row))
+                state.start(-Float32.inf, exists)
+                state.row_sum[0] = Float32(0.0)
+                published = self._published(op, segment, place)
+                whole = band.whole(0, op.decode.seqlen_q)
+                kept = Int32(0)
+                for i in cutlass.range(_visited(segment), unroll=1):
+                    n_block = segment.tile - segment.begin - i
+                    masked = (n_block < whole.begin) | (n_block >= whole.end)
+                    # -- the scores
+                    pipes.s.wait(s_cursor)
+                    tmem.fence_after_sync()
+                    scores = cute.make_rmem_tensor(columns, Float32)
+                    tile_max = cute.make_rmem_tensor(1, Float32)
+                    tile_max[0] = -Float32.inf
+                    if active:
+                        self._scores(op, s_cursor, place, band, n_block, masked, scores, tile_max)
+                    tmem.fence_before_sync()
+                    cute.arch.sync_warp()
+                    pipes.s.release(s_cursor)
+                    s_cursor = pipes.s.advanced(s_cursor)
+                    # -- the decision
+                    wanted = Boolean(True)
+                    if const_expr(self.sparse):
+                        wanted = self._decide(tiles, state, place, tile_max, i, parity, published, narrow)
+                        parity = parity ^ 1
+                    if const_expr(self.problem.return_stats):
+                        self._map(op, segment, n_block, wanted)
+                    # -- P
+                    if wanted:
+                        pipes.p.acquire(p_cursor)
+                        self._announce(pipes, tiles, p_cursor, n_block)
+                        moved = Boolean(False)
+                        if active:
+                            moved = self._probabilities(plan, p_cursor, place, state, scores, tile_max)
+                        self._deliver(pipes, tiles, p_cursor, warp, moved)
+                        p_cursor = pipes.p.advanced(p_cursor)
+                        kept += 1
+                        self._publish(op, segment, place, state)
+                    published = self._published(op, segment, place)
+                # -- the end
+                pipes.p.acquire(p_cursor)
+                self._announce(pipes, tiles, p_cursor, cutlass.select_(kept > 0, Int32(END), Int32(END_EMPTY)))
+                words = lane + plan.row_words + p_cursor.index * ROW_WORDS
+                if active:
+                    tmem.store(words, [state.row_sum[0], -state.minus_ref[0]])
+                self._deliver(pipes, tiles, p_cursor, warp, Boolean(False))
+                p_cursor = pipes.p.advanced(p_cursor)
+                if const_expr(self.problem.return_stats):
+                    self._count_tiles(op, segment, kept)
+            walk = op.plan.next(walk)
+
+    @cute.jit
+    def _clear_probabilities(self, lane: Int32):
+        """P of rows that nobody computes, and of other warps' keys, is zero and stays so; and so are their factors."""
+        plan = self.config.tmem
+        for slot in cutlass.range_constexpr(self.config.p_stages):
+            tmem.store(
+                lane + plan.probabilities + slot * plan.probabilities_stride,
+                [Int32(0)] * plan.probabilities_stride,
+            )
+            tmem.store(lane + plan.row_words + slot * ROW_WORDS, [Float32(0.0)] * ROW_WORDS)
+        tmem.wait_stores()
+
+    @cute.jit
+    def _scores(
+        self, op: Operands, cursor: Cursor, place, band, n_block: Int32, masked: Boolean, scores, tile_max
+    ):
+        """This thread's part of a tile into `scores`, capped and masked, and their maximum."""
+        plan, columns = self.config.tmem, place.columns
+        address = place.lane + plan.scores + cursor.index * plan.scores_stride + place.first_column
+        values = tmem.load_row(address, columns, min(columns, FRAGMENT))
+        if const_expr(self.problem.softcap):
+            values = [cute.math.tanh(s * op.decode.scale.tanh_scale, fastmath=True) for s in values]
+        for i in cutlass.range_constexpr(columns):
+            scores[i] = values[i]
+        if masked:
+            band.hide(scores, range(columns), place.q_idx, n_block * self.config.tile_n + place.first_column)
+        tile_max[0] = tile_maximum([scores[i] for i in range(columns)])
+
+    @cute.jit
+    def _decide(
+        self,
+        tiles: Tiles,
+        state,
+        place,
+        tile_max,
+        number: Int32,
+        parity: Int32,
+        published,
+        narrow: cutlass.Constexpr[bool],
+    ) -> Boolean:
+        """Whether the tile is kept. If narrow, `tile_max` becomes the maximum over all four quarters of the keys."""
+        wants = state.wants(tile_max[0])
+        first = number == 0
+        if const_expr(published is not None):
+            first = first & (published == 0) & place.exists
+            if published != 0:
+                bound = self._shared_bound(published, state)
+                wants = wants & ~(tile_max[0] < bound)
+        if const_expr(narrow):
+            tiles.sMax[place.warp, place.row, parity] = tile_max[0]
+        wanted = any_of_group(wants | first, int(NamedBarrier.VOTE), GROUP_THREADS)
+        if const_expr(narrow):
+            quarters = [tiles.sMax[i, place.row, parity] for i in range(WARPS_PER_GROUP)]
+            tile_max[0] = maximum(maximum(quarters[0], quarters[1], quarters[2]), quarters[3])
+        return wanted
+
+    @cute.jit
+    def _probabilities(self, plan, cursor: Cursor, place, state, scores, tile_max) -> Boolean:
+        """P and the rows' factor into tensor memory; returns whether this warp moved a reference."""
+        factor = cute.make_rmem_tensor(1, Float32)
+        factor[0] = Float32(1.0)
+        moved = state.advance(maximum(tile_max[0], FLOOR), factor)
+        address = place.lane + plan.probabilities + cursor.index * plan.probabilities_stride + place.first_column // 2
+        sums = []
+        width = min(place.columns, FRAGMENT)
+        for first in cutlass.range_constexpr(0, place.columns, width):
+            p = exponentials(state.exponents([scores[first + i] for i in range(width)]), 0)
+            tmem.store(address + first // 2, pack(p, self.dtype))
+            sums = accumulated(sums, p)
+        tmem.store(place.lane + plan.row_words + cursor.index * ROW_WORDS, [factor[0]] * ROW_WORDS)
+        state.add(sums, False)
+        return moved
+
+    @cute.jit
+    def _announce(self, pipes: Pipes, tiles: Tiles, cursor: Cursor, n_block: Int32):
+        """Tell the V loader, and by P's arrival the value MMA warp, of a kept tile or the end."""
+        if cute.arch.thread_idx()[0] == 0:
+            tiles.sTile[cursor.index] = n_block
+            if const_expr(self.sparse):
+                cute.arch.mbarrier_arrive(pipes.wanted + cursor.index)
+
+    @cute.jit
+    def _deliver(self, pipes: Pipes, tiles: Tiles, cursor: Cursor, warp: Int32, moved: Boolean):
+        """This warp's part of a slot of P is written."""
+        tmem.wait_stores()
+        tmem.fence_before_sync()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            tiles.sMoved[warp, cursor.index] = Int32(moved)
+            pipes.p.publish(cursor)
+
+    # ---- shared maxima
+
+    @cute.jit
+    def _published(self, op: Operands, segment: Segment, place):
+        """The code of the largest maximum that a split of the item has published; None where none is shared."""
+        code = None
+        if const_expr(self.problem.share_max):
+            code = Uint32(0)
+            if place.exists and segment.splits > 1:
+                code = op.results.shared_max.code(segment.item, place.row)
+        return code
+
+    def _shared_bound(self, published: Uint32, state) -> Float32:
+        raise NotImplementedError
+
+    @cute.jit
+    def _publish(self, op: Operands, segment: Segment, place, state):
+        if const_expr(self.problem.share_max):
+            pass
+
+    # ---- statistics
+
+    @cute.jit
+    def _map(self, op: Operands, segment: Segment, n_block: Int32, wanted: Boolean):
+        if cute.arch.thread_idx()[0] == 0:
+            skip_map = op.decode.stats.skip_map
+            decision = cutlass.select_(wanted, Int32(KEPT), Int32(SKIPPED))
+            skip_map[segment.batch_idx, segment.kv_head, segment.row_block, n_block] = Uint8(decision)
+
+    @cute.jit
+    def _count_tiles(self, op: Operands, segment: Segment, kept: Int32):
+        if cute.arch.thread_idx()[0] == 0:
+            counts = op.decode.stats.tile_counts
+            for i, count in enumerate((kept, _visited(segment))):
+                offset = cute.crd2idx((i, segment.batch_idx, segment.kv_head), counts.layout)
+                cute.arch.atomic_add(counts.iterator + offset, count, sem="relaxed", scope="gpu")
+
+    # ------------------------------------------------------------------------------------------------ correction
+
+    @cute.jit
+    def correct(self, op: Operands, pipes: Pipes, tiles: Tiles, base: cutlass.Constexpr[int]):
+        plan = self.config.tmem
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % WARPS_PER_GROUP
+        thread = cute.arch.thread_idx()[0] % GROUP_THREADS
+        lane = base + tmem.lane_offset(warp)
+        parity = Int32(0)
+        walk = op.plan.first(tiles.sWalk)
+        while op.plan.more(walk):
+            segment = op.plan.segment(walk)
+            if segment.begin < segment.end:
+                event = self._next_event(pipes, tiles, parity)
+                while event.flags != FINISH:
+                    if event.flags & RESCALE != 0:
+                        self._rescale(lane, event)
+                    if event.flags & HIDE != 0:
+                        self._hide(pipes, tiles, event, thread)
+                    self._done(pipes)
+                    parity = parity ^ 1
+                    event = self._next_event(pipes, tiles, parity)
+                kept = tiles.sTile[event.p_slot] == END
+                row_words = lane + plan.row_words + event.p_slot * ROW_WORDS
+                row_sum, row_max = tmem.load_row(row_words, ROW_WORDS, ROW_WORDS)
+                self._finish(op, pipes, segment, lane, thread, kept, row_max, row_sum)
+                parity = parity ^ 1
+            walk = op.plan.next(walk)
+
+    @cute.jit
+    def _next_event(self, pipes: Pipes, tiles: Tiles, parity: Int32):
+        cute.arch.mbarrier_wait(pipes.event, parity)
+        tmem.fence_after_sync()
+        return Event(*[tiles.sEvent[i] for i in range(len(Event._fields))])
+
+    @cute.jit
+    def _done(self, pipes: Pipes):
+        """An event is handled, as far as others must wait for that."""
+        tmem.fence_before_sync()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(pipes.event_done)
+
+    @cute.jit
+    def _rescale(self, lane: Int32, event: Event):
+        """Multiply O with the rows' factors."""
+        plan = self.config.tmem
+        factor, _ = tmem.load_row(lane + plan.row_words + event.p_slot * ROW_WORDS, ROW_WORDS, ROW_WORDS)
+        for first in cutlass.range_constexpr(0, self.config.head_dim_v, OUTPUT_FRAGMENT):
+            columns = tmem.load_row(lane + plan.output + first, OUTPUT_FRAGMENT, OUTPUT_FRAGMENT)
+            tmem.store(lane + plan.output + first, multiply_row(columns, factor))
+        tmem.wait_stores()
+
+    @cute.jit
+    def _hide(self, pipes: Pipes, tiles: Tiles, event: Event, thread: Int32):
+        """Set the rows of V of keys that nobody sees to zero. The swizzle moves 16 bytes only within a key's row of a
+        strip, so rows are set to zero as if there were none."""
+        config = self.config
+        cute.arch.mbarrier_wait(pipes.v.full(Cursor(event.v_slot, event.v_phase)), event.v_phase)
+        zeros = cute.make_rmem_tensor(VECTOR_WORDS, Int32)
+        zeros.fill(0)
+        row_bytes = config.v_strip * ELEMENT_BYTES
+        vectors = row_bytes // VECTOR_BYTES
+        slot = tiles.sV.iterator.toint() + event.v_slot * config.v_slot_bytes
+        for i in cutlass.range(thread, config.v_slot_bytes // VECTOR_BYTES, GROUP_THREADS, unroll=1):
+            key = i // vectors % config.tile_n
+            if key < event.first_key or key >= event.end_key:
+                cute.autovec_copy(zeros, _shared_words(slot + i * VECTOR_BYTES))
+        cute.arch.fence_view_async_shared()
+
+    @cute.jit
+    def _finish(self, op: Operands, pipes: Pipes, segment: Segment, lane: Int32, thread: Int32, kept, row_max, row_sum):
+        """A segment's results: to the output, or as one of several splits, of which the last combines all."""
+        rows = self._rows(op, segment)
+        self._finish_wide(op, pipes, segment, rows, lane, thread, kept, row_max, row_sum)
+        if segment.splits > 1:
+            cute.arch.barrier(barrier_id=int(NamedBarrier.FINISH), number_of_threads=GROUP_THREADS)
+            is_last = Boolean(False)
+            if thread == 0:
+                is_last = op.results.arrive(segment)
+            if any_of_group(is_last, int(NamedBarrier.FINISH), GROUP_THREADS):
+                op.results.combine(segment, rows, thread, GROUP_THREADS)
+
+    @cute.jit
+    def _finish_wide(
+        self, op: Operands, pipes: Pipes, segment: Segment, rows, lane: Int32, row: Int32, kept, row_max, row_sum
+    ):
+        """A thread has a row."""
+        config, results = self.config, op.results
+        slot = segment.slot(segment.split)
+        unseen = row_sum == 0.0
+        row_max = cutlass.select_(unseen, -Float32.inf, row_max)
+        inverse, lse = normaliser(row_max, row_sum)
+        for first in cutlass.range_constexpr(0, config.head_dim_v, OUTPUT_FRAGMENT):
+            values = cute.make_rmem_tensor((VECTOR, OUTPUT_FRAGMENT // VECTOR), Float32)
+            values.fill(0.0)
+            if kept:
+                columns = tmem.load_row(lane + config.tmem.output + first, OUTPUT_FRAGMENT, OUTPUT_FRAGMENT)
+                for i in cutlass.range_constexpr(OUTPUT_FRAGMENT):
+                    values[i] = cutlass.select_(unseen, Float32(0.0), columns[i])
+            if const_expr(first + OUTPUT_FRAGMENT == config.head_dim_v):
+                self._done(pipes)
+            if segment.splits == 1:
+                results.write_row(rows, row, first, VECTOR, values, inverse)
+            else:
+                results.leave_row(slot, rows, row, first, VECTOR, values)
+        if segment.splits == 1:
+            results.write_lse(rows, row, lse)
+        else:
+            results.leave_sum(slot, rows, row, row_max, row_sum)
+
+    # ------------------------------------------------------------------------------------------------ all roles
+
+    def _rows(self, op: Operands, segment: Segment) -> PackedRows:
+        return PackedRows.of(segment, op.decode.seqlen_q, op.group, TILE_M)
+
+    def _keys(self, op: Operands, segment: Segment) -> Keys:
+        band = op.plan.band(segment.batch_idx)
+        return Keys(band.keys(0).begin, band.keys(op.decode.seqlen_q - 1).end)
+
+    def _threshold_log2(self, op: Operands, rows: PackedRows, row):
+        if not self.sparse:
+            return None
+        head = rows.head(cutlass.min(row, rows.count - 1))
+        return log2_threshold(op.decode.threshold, rows.batch_idx, head)
+
+    def _pipes(self, storage) -> Pipes:
+        config = self.config
+        return Pipes(
+            Ring(storage.q_ring.data_ptr(), 1, 1),
+            Ring(storage.k_ring.data_ptr(), config.k_stages, 1),
+            Ring(storage.v_ring.data_ptr(), config.v_stages, 1),
+            Ring(storage.s_ring.data_ptr(), config.s_stages, WARPS_PER_GROUP),
+            Ring(storage.p_ring.data_ptr(), config.p_stages, 2 if self.sparse else 1, WARPS_PER_GROUP),
+            storage.wanted.data_ptr(),
+            storage.event.data_ptr(),
+            storage.event.data_ptr() + 1,
+        )
+
+    def _initialise(self, pipes: Pipes) -> None:
+        for ring in pipes[:5]:
+            ring.initialise()
+        if self.sparse:
+            for slot in range(self.config.p_stages):
+                cute.arch.mbarrier_init(pipes.wanted + slot, 1)
+        cute.arch.mbarrier_init(pipes.event, 2)
+        cute.arch.mbarrier_init(pipes.event_done, WARPS_PER_GROUP)
+
+    def _tiles(self, op: Operands, storage) -> Tiles:
+        config = self.config
+
+        def strips(tile, layout, strip: int, head_dim: int, stages: int):
+            shape = (self.box_rows, strip, self.boxes, head_dim // strip, stages)
+            stride = (strip, 1, self.box_rows * strip, config.tile_n * strip, config.tile_n * head_dim)
+            return tile.get_tensor(cute.make_layout(shape, stride=stride), swizzle=layout.inner)
+
+        return Tiles(
+            storage.sQ.get_tensor(op.sQ_layout.outer, swizzle=op.sQ_layout.inner),
+            storage.sK.get_tensor(op.sK_layout.outer, swizzle=op.sK_layout.inner),
+            storage.sV.get_tensor(op.sV_layout.outer, swizzle=op.sV_layout.inner),
+            strips(storage.sK, op.sK_layout, config.k_strip, config.head_dim, config.k_stages),
+            strips(storage.sV, op.sV_layout, config.v_strip, config.head_dim_v, config.v_stages),
+            storage.sTile.get_tensor(cute.make_layout(config.p_stages)),
+            storage.sMoved.get_tensor(cute.make_layout((WARPS_PER_GROUP, config.p_stages))),
+            storage.sEvent.get_tensor(cute.make_layout(EVENT_WORDS)),
+            storage.sMax.get_tensor(cute.make_layout((WARPS_PER_GROUP, THREADS_PER_WARP, 2))),
+            storage.sSum.get_tensor(cute.make_layout((SUM_COLUMNS, THREADS_PER_WARP, WARPS_PER_GROUP))),
+            storage.sWalk.get_tensor(cute.make_layout(WALK_WORDS)),
+        )
+
+
+def shared_storage(config: DecodeConfig, dtype: type, sQ_layout, sK_layout, sV_layout):
+    """The plan of shared memory: barriers and words first, then the tiles, each aligned to its swizzle."""
+
+    def tile(layout):
+        return cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layout)], TILE_ALIGN_BYTES]
+
+    def words(dtype: type, count: int):
+        return cute.struct.Align[cute.struct.MemRange[dtype, count], VECTOR_BYTES]
+
+    @cute.struct
+    class SharedStorage:
+        q_ring: cute.struct.MemRange[Int64, 2]
+        k_ring: cute.struct.MemRange[Int64, 2 * config.k_stages]
+        v_ring: cute.struct.MemRange[Int64, 2 * config.v_stages]
+        s_ring: cute.struct.MemRange[Int64, 2 * config.s_stages]
+        p_ring: cute.struct.MemRange[Int64, 2 * config.p_stages]
+        wanted: cute.struct.MemRange[Int64, config.p_stages]
+        event: cute.struct.MemRange[Int64, 2]
+        tmem_base: Int32
+        sTile: cute.struct.MemRange[Int32, config.p_stages]
+        sMoved: words(Int32, WARPS_PER_GROUP * config.p_stages)
+        sEvent: words(Int32, EVENT_WORDS)
+        sWalk: words(Int32, WALK_WORDS)
+        sMax: words(Float32, WARPS_PER_GROUP * THREADS_PER_WARP * 2)
+        sSum: words(Float32, SUM_COLUMNS * TILE_M)
+        sQ: tile(sQ_layout)
+        sK: tile(sK_layout)
+        sV: tile(sV_layout)
+
+    assert SharedStorage.size_in_bytes() <= config.shared_bytes, "RESERVED_SHARED_BYTES is too small"
+    return SharedStorage
+
+
+def _visited(segment: Segment):
+    """KV tiles that a segment visits: none at a phantom position."""
+    return cutlass.select_(segment.visible, cutlass.max(segment.end - segment.begin, 0), Int32(0))
+
+
+def _tma_partition(atom: cute.CopyAtom, shared: cute.Tensor, coordinates: cute.Tensor):
+    """((TMA box), ..) of shared memory and of coordinates, whose first two modes are a box; without multicast."""
+    return cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(coordinates, 0, 2)
+    )
+
+
+def _words(address, space) -> cute.Tensor:
+    pointer = cute.make_ptr(Int32, address, space, assumed_align=VECTOR_BYTES)
+    return cute.make_tensor(pointer, cute.make_layout(VECTOR_WORDS))
+
+
+def _shared_words(address) -> cute.Tensor:
+    """16 bytes of shared memory."""
+    return _words(address, cute.AddressSpace.smem)
+
+
+def _global_words(address) -> cute.Tensor:
+    """16 bytes of global memory."""
+    return _words(address, cute.AddressSpace.gmem)
+
+
+def _operand(fragment: cute.Tensor) -> Operand:
+    """Descriptors of a fragment (MMA, MMA_MN, MMA_K, slot) with one instruction along MN."""
+    layout = fragment.layout
+    steps = [cute.crd2idx((0, 0, step, 0), layout) for step in range(cute.size(layout, mode=[2]))]
+    return Operand(umma.descriptor(fragment), steps, cute.crd2idx((0, 0, 0, 1), layout))
+
+
+_SCALARS = {"int32": Int32, "int64": Int64, "float32": Float32}
+_POINTEES = {
+    "lse": Float32,
+    "threshold": Float32,
+    "seqused_k": Int32,
+    "page_table": Int32,
+    "tile_counts": Int32,
+    "skip_map": Uint8,
+    "partials": Float32,
+    "arrivals": Int32,
+    "shared_max": Uint32,
+}
+TENSOR_ALIGN_BYTES = 16
+
+
+def _placeholder(operand, dtype: type):
+    """A value of an operand's type to compile with."""
+    if operand.type != "pointer":
+        return _SCALARS[operand.type](1)
+    pointee = _POINTEES.get(operand.name, dtype)
+    align = pointee.width // 8 if operand.name in _POINTEES else TENSOR_ALIGN_BYTES
+    return cute.runtime.make_ptr(pointee, TENSOR_ALIGN_BYTES, cute.AddressSpace.gmem, assumed_align=align)
+
+
+def compile(problem: Problem, config: DecodeConfig | None = None):
+    """Compile the host function of `operands.DECODE` and a stream, for the DSL's current architecture."""
+    check_supported(problem, SUPPORTS, "kernels.blackwell")
+    kernel = Decode(problem, config or choose(problem))
+    values = [_placeholder(operand, DTYPES[problem.dtype]) for operand in DECODE]
+    return cute.compile(kernel, *values, stream=cuda.CUstream(0))
