@@ -177,14 +177,15 @@ class DecodeReferencePlan:
 
     def __init__(self, request: DecodeRequest) -> None:
         self.request = request
+        self.splitting = dict(num_splits=request.num_splits, ctas=1, min_tiles=1)
 
     def run(self, q, k_cache, v_cache, out, given_threshold, seqused_k, page_table) -> Result:
         request = self.request
         inputs.check_decode_values(request, seqused_k, page_table)
         computed = reference.decode(
             q, k_cache, v_cache,
-            seqused_k=seqused_k.tolist(), page_table=page_table, num_splits=request.num_splits,
-            share_max=request.problem.share_max, **_reference_options(request, given_threshold, self.geometry),
+            seqused_k=seqused_k.tolist(), page_table=page_table, share_max=request.problem.share_max,
+            **self.splitting, **_reference_options(request, given_threshold, self.geometry),
         )  # fmt: skip
         return _reference_result(computed, request.problem, q, out)
 
@@ -290,7 +291,10 @@ SHARED_MAX_ALIGN_BYTES = 128  # of shared_max behind arrivals: a cache line of i
 
 
 class DecodeKernelPlan:
-    """A compiled decode kernel with every operand but the addresses filled in. Nothing here depends on lengths."""
+    """A compiled decode kernel with every operand but the addresses filled in. Nothing here depends on lengths.
+
+    splitting  how the tiles of a call are cut, as `splits.item_cuts` takes it
+    """
 
     def __init__(self, request: DecodeRequest, target: Target) -> None:
         self.request = request
@@ -311,6 +315,7 @@ class DecodeKernelPlan:
         items = request.batch * request.heads_kv * row_blocks
         # An item has at most map_cols tiles, and so at most as many parts.
         self.num_splits = min(request.num_splits, max(map_cols, 1))
+        self.splitting = dict(num_splits=self.num_splits, ctas=target.sms, min_tiles=config.min_tiles)
         self.slot_rows = min(request.rows, self.geometry.tile_rows)
         self.partial_slots = splits.partial_slots(items, target.sms, self.num_splits)
         self.partials_shape = (self.partial_slots * self.slot_rows * (problem.head_dim_v + 2),)
@@ -632,6 +637,11 @@ def warmup(
     if target is None:
         raise ValueError(f"{device=} runs the reference, which is not compiled; give a CUDA device or arch=")
     compiled_kernel(problem, target)
+
+
+def has_kernel(kind: str, arch: str) -> bool:
+    """Whether the architecture has a kernel of this kind, "prefill" or "decode"."""
+    return _kernel_module(kind, arch) is not None
 
 
 def support_matrix(kind: str = "prefill") -> dict[str, frozenset[str]]:
