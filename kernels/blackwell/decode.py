@@ -556,6 +556,7 @@ class Decode:
                 event = Event(flags, p_cursor.index, nothing, nothing, nothing, nothing)
                 self._raise(pipes, tiles, event, event_parity)
                 event_parity = event_parity ^ 1
+                tmem.fence_before_sync()
                 pipes.p.release(p_cursor)
                 p_cursor = pipes.p.advanced(p_cursor)
             walk = op.plan.next(walk)
@@ -636,6 +637,7 @@ class Decode:
                     # -- P
                     if wanted:
                         pipes.p.acquire(p_cursor)
+                        tmem.fence_after_sync()
                         self._announce(pipes, tiles, p_cursor, n_block)
                         moved = Boolean(False)
                         if active:
@@ -647,6 +649,7 @@ class Decode:
                     published = self._published(op, segment, place)
                 # -- the end
                 pipes.p.acquire(p_cursor)
+                tmem.fence_after_sync()
                 self._announce(pipes, tiles, p_cursor, cutlass.select_(kept > 0, Int32(END), Int32(END_EMPTY)))
                 words = lane + plan.row_words + p_cursor.index * ROW_WORDS
                 if active:
