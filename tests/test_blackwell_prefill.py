@@ -25,7 +25,7 @@ import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 from cute_sparse.kernels.blackwell import config as blackwell_config
 from cute_sparse.kernels.blackwell import exp2
-from cute_sparse.kernels.blackwell.prefill import DECISIONS, TILE_SLOTS
+from cute_sparse.kernels.blackwell.prefill import DECISIONS, TILE_SLOTS, Prefill
 from cutlass import Float32, Int32
 
 from cute_sparse import emulator
@@ -69,7 +69,8 @@ def test_every_head_dim_has_a_config_within_the_machine(arch, sparsity):
 
 def test_a_config_that_does_not_fit_is_refused():
     config = blackwell_config.choose(problem())
-    for changes in (dict(registers_softmax=208), dict(k_stages=4), dict(head_dim_v=256), dict(v_stages=0)):
+    unfit = dict(registers_softmax=208), dict(k_stages=7), dict(head_dim_v=256), dict(v_stages=0), dict(ctas=3)
+    for changes in unfit:
         with pytest.raises(AssertionError):
             dataclasses.replace(config, **changes)
 
@@ -120,14 +121,14 @@ def test_neither_spills_nor_local_memory(arch, tmp_path):
 
 
 def test_a_dense_kernel_contains_no_vote():
-    dense, sparse = compiled_ptx([problem(sparsity=sparsity) for sparsity in SPARSITIES], "sm_100a")
+    dense, sparse = compiled_ptx([problem(64, sparsity=sparsity) for sparsity in SPARSITIES], "sm_100a")
     assert "red.or.pred" in sparse and "red.or.pred" not in dense
     # Nor the barriers that tell of it; a dense kernel has two for each slot of its ring of work tiles instead.
     assert sparse.count("mbarrier.init") - dense.count("mbarrier.init") == 2 * DECISIONS - 2 * TILE_SLOTS
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["several sequences", "packed", "rows without a key", "head dim 256", "causal"])
+@pytest.mark.parametrize("name", ["packed", "head dim 64", "head dim 96"])
 def test_one_cta_that_computes_all_work_tiles(name, order, configured):
     configured(ctas=1)
     case = CASES[name]
@@ -137,6 +138,49 @@ def test_one_cta_that_computes_all_work_tiles(name, order, configured):
         (launch,) = device.launches
     assert launch.grid == (1, 1, 1)
     check(case, inputs, got)
+
+
+# The CTAs of a pair have two query heads of a group in common, or where a group is an odd number, twice the rows.
+PAIRED = {
+    "heads": Case(lengths_q=(200,) * 2, lengths_k=(150,) * 2, heads_q=4, heads_kv=2),
+    "heads, causal": Case(lengths_q=(200,) * 2, lengths_k=(333,) * 2, heads_q=4, heads_kv=2, causal=True),
+    "rows": Case(lengths_q=(600,), lengths_k=(300,), heads_q=3, heads_kv=3),
+    "rows, causal": Case(lengths_q=(700,), lengths_k=(600,), heads_q=3, heads_kv=1, causal=True),
+    "rows, the second CTA has none": Case(lengths_q=(100,), lengths_k=(300,), heads_q=1, causal=True),
+    "head dim 256": Case(lengths_q=(300,), lengths_k=(500,), head_dim=256, head_dim_v=256),
+    "head dim 256, rows, causal": Case(
+        lengths_q=(600,), lengths_k=(600,), heads_q=1, head_dim=256, head_dim_v=256, causal=True
+    ),
+    "head dim 192 and 128, rows, causal": Case(
+        lengths_q=(600,), lengths_k=(600,), heads_q=1, head_dim=192, head_dim_v=128, causal=True
+    ),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("ctas", [0, 2, 4])
+@pytest.mark.parametrize("name", PAIRED)
+def test_pairs_of_ctas_with_a_work_tile_each_and_pairs_that_compute_several(name, ctas, order, configured):
+    configured(ctas=ctas)
+    case = PAIRED[name]
+    inputs = make_inputs(case)
+    with cute_sparse.emulated("sm_100a", order=order, seed=3) as device:
+        got = call(case, inputs, return_lse=True, return_stats=True)
+        (launch,) = device.launches
+    assert launch.cluster == (2, 1, 1)
+    assert ctas == 0 or launch.grid[0] <= ctas
+    check(case, inputs, got)
+
+
+def test_what_a_config_cannot_do_for_a_problem_is_refused_by_name():
+    pair = dataclasses.replace(blackwell_config.choose(problem()), ctas=0)
+    assert pair.cta_pair
+    for fields in (dict(sparsity="threshold"), dict(varlen=True), dict(mask="band")):
+        with pytest.raises(NotImplementedError, match="pairs of CTAs compute dense problems"):
+            Prefill(problem(**fields), pair)
+    alone = blackwell_config.choose(problem(sparsity="threshold"))
+    with pytest.raises(NotImplementedError, match="one work tile"):
+        Prefill(problem(sparsity="threshold"), dataclasses.replace(alone, ctas=2))
 
 
 @pytest.mark.parametrize("share", [0, 2, 3, 4])

@@ -3,7 +3,9 @@
 A work tile is one block of query rows of one head of one sequence. `TileOrder` numbers them. A schedule hands
 the numbers out: `OneTile` gives each CTA its own, so the hardware's block scheduler balances the load;
 `DynamicTiles` starts a few CTAs that claim tiles from a counter, so that one tile's loads overlap the last
-tile's stores and no tile's cost has to be known beforehand. Both have the same five methods.
+tile's stores and no tile's cost has to be known beforehand; `StaticTiles` deals them out, where their costs follow
+from the mask, without a word between the roles. Where `ctas_per_tile` CTAs, a cluster, share a tile, read cluster for
+CTA. All have the same five methods.
 """
 
 from dataclasses import dataclass
@@ -134,17 +136,18 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class OneTile:
-    """One work tile per CTA: the grid is `order.total` CTAs (at least one)."""
+    """One work tile per CTA, or per cluster: the grid is `order.total` of them (at least one)."""
 
     order: TileOrder
+    ctas_per_tile: cutlass.Constexpr[int] = 1
 
     @staticmethod
-    def grid(order: TileOrder):
-        return (cutlass.max(order.total, 1), 1, 1)
+    def grid(order: TileOrder, ctas_per_tile: int = 1):
+        return (cutlass.max(order.total, 1) * ctas_per_tile, 1, 1)
 
     @cute.jit
     def first(self):
-        number, _, _ = cute.arch.block_idx()
+        number = _cluster_number(self.ctas_per_tile)
         tile = self.order.tile(number)
         m_block = cutlass.select_(number < self.order.total, tile.m_block, Int32(NO_TILE))
         return WorkTile(m_block, tile.head_idx, tile.batch_idx), Claim(consumer_cursor(), Int32(0), self.order.start())
@@ -157,6 +160,47 @@ class OneTile:
 
     def next_for_producer(self, tile: WorkTile, claim: Claim):
         return self.next(tile, claim)
+
+
+def _cluster_number(ctas_per_tile: int) -> Int32:
+    """The number of this CTA's cluster of `ctas_per_tile` CTAs in a one-dimensional grid."""
+    number, _, _ = cute.arch.block_idx()
+    return number if const_expr(ctas_per_tile == 1) else _divided(number, ctas_per_tile)
+
+
+@dataclass(frozen=True)
+class StaticTiles:
+    """A few CTAs to which the tiles are dealt in rounds, every second one backwards, so that nobody always gets the
+    largest of a round. `Claim.number` is the round."""
+
+    order: TileOrder
+    ctas_per_tile: cutlass.Constexpr[int]
+
+    @staticmethod
+    def grid(order: TileOrder, ctas: int, ctas_per_tile: int):
+        return (cutlass.min(cutlass.max(order.total, 1), ctas // ctas_per_tile) * ctas_per_tile, 1, 1)
+
+    @cute.jit
+    def first(self):
+        return self._dealt(Int32(0))
+
+    def first_for_producer(self):
+        return self.first()
+
+    @cute.jit
+    def next(self, tile: WorkTile, claim: Claim):
+        return self._dealt(claim.number + 1)
+
+    def next_for_producer(self, tile: WorkTile, claim: Claim):
+        return self.next(tile, claim)
+
+    def _dealt(self, round_: Int32):
+        ctas, _, _ = cute.arch.grid_dim()
+        hands, hand = _divided(ctas, self.ctas_per_tile), _cluster_number(self.ctas_per_tile)
+        number = round_ * hands + cutlass.select_(round_ % 2 == 0, hand, hands - 1 - hand)
+        tile = self.order.tile(number)
+        m_block = cutlass.select_(number < self.order.total, tile.m_block, Int32(NO_TILE))
+        return WorkTile(m_block, tile.head_idx, tile.batch_idx), Claim(consumer_cursor(), round_, self.order.start())
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ class PrefillConfig:
     p_early_columns  columns of P released to the MMA warp before the rest is computed
     exp2_emulated    pairs out of 16 that `exp2.py` computes, in all but the last 32 columns of a tile
     registers_*      per thread after setmaxnreg
-    ctas             CTAs that claim work tiles dynamically; 0 gives every CTA one work tile
+    ctas             CTAs that stay and take work tile after work tile; 0 gives every CTA one work tile
+    cta_pair         two CTAs share every product: 256 rows, 128 of each CTA; each holds half of K's rows and half of
+                     V's columns. A work tile is then a pair's: two query heads of one KV head, or twice the rows
     """
 
     head_dim: int
@@ -53,13 +55,25 @@ class PrefillConfig:
     registers_correction: int
     registers_other: int
     ctas: int = SMS
+    cta_pair: bool = False
 
     def __post_init__(self) -> None:
+        assert self.ctas % self.ctas_per_tile == 0, f"{self.ctas} CTAs are not pairs"
         assert self.registers_total <= SM_REGISTERS, f"{self.registers_total} registers planned of {SM_REGISTERS}"
         assert self.shared_bytes <= SM_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory planned"
         assert self.k_stages >= self.k_chunks and self.v_stages >= self.v_chunks, "a KV tile must fit its ring"
         assert self.p_early_columns % 32 == 0 and 0 < self.p_early_columns < self.tile_n
         self.tmem  # asserts that it fits  # noqa: B018
+
+    @property
+    def ctas_per_tile(self) -> int:
+        """CTAs that share a work tile and every product of it."""
+        return 2 if self.cta_pair else 1
+
+    @property
+    def product_rows(self) -> int:
+        """Rows of S and O that one instruction makes."""
+        return TILE_M * self.ctas_per_tile
 
     @property
     def score_buffers(self) -> int:
@@ -115,15 +129,16 @@ class PrefillConfig:
 
     @property
     def q_bytes(self) -> int:
+        """Of one CTA, as is the rest of shared memory below."""
         return self.query_tiles * TILE_M * self.head_dim * ELEMENT_BYTES
 
     @property
     def k_slot_bytes(self) -> int:
-        return self.tile_n * self.k_chunk * ELEMENT_BYTES
+        return self.tile_n * self.k_chunk * ELEMENT_BYTES // self.ctas_per_tile
 
     @property
     def v_slot_bytes(self) -> int:
-        return self.tile_n * self.v_chunk * ELEMENT_BYTES
+        return self.tile_n * self.v_chunk * ELEMENT_BYTES // self.ctas_per_tile
 
     @property
     def shared_bytes(self) -> int:
@@ -142,10 +157,8 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[PrefillConfig]:
         raise NotImplementedError(f"Blackwell has no {problem.kind} kernel; it has prefill")
     # sm_103's exponential unit is twice as fast and needs no help.
     shares = (0,) if arch.startswith("sm_103") else (0, 2, 3, 4)
-    if problem.head_dim_v <= 128:
-        configs = [_two_query_tiles(problem, share) for share in shares]
-    else:
-        configs = [_one_query_tile(problem, share) for share in shares]
+    make = _two_query_tiles if problem.head_dim_v <= 128 else _one_query_tile
+    configs = [make(problem, share, pair) for share in shares for pair in _pairs(problem)]
     return [config for config in configs if config is not None]
 
 
@@ -156,16 +169,25 @@ _TWO_TILES_DENSE = dict(registers_softmax=192, registers_correction=64, register
 _TWO_TILES_SPARSE = dict(registers_softmax=200, registers_correction=48, registers_other=64, ctas=0)
 
 
+def _pairs(problem: Problem) -> tuple[bool, ...]:
+    """Whether two CTAs may share their products (`Prefill` says why not a sparse problem's, nor a packed batch's).
+
+    Below 128 columns the exponentials take longer than the products, and a pair would gain nothing.
+    """
+    wide = min(problem.head_dim, problem.head_dim_v) > 112
+    return (False, True) if wide and problem.mask != "band" and not (problem.sparsity or problem.varlen) else (False,)
+
+
 def _two_tiles_registers(problem: Problem) -> dict[str, int]:
     if problem.sparsity is None:
         return _TWO_TILES_DENSE
     return _TWO_TILES_DENSE | dict(ctas=0) if problem.mask == "full" else _TWO_TILES_SPARSE
 
 
-def _two_query_tiles(problem: Problem, exp2_emulated: int) -> PrefillConfig | None:
-    head_dim, head_dim_v = round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 16)
-    tile_n = 128
-    k_bytes, v_bytes = tile_n * head_dim * ELEMENT_BYTES, tile_n * head_dim_v * ELEMENT_BYTES
+def _two_query_tiles(problem: Problem, exp2_emulated: int, pair: bool) -> PrefillConfig | None:
+    head_dim, head_dim_v = round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 32 if pair else 16)
+    tile_n, ctas = 128, 2 if pair else 1
+    k_bytes, v_bytes = tile_n * head_dim * ELEMENT_BYTES // ctas, tile_n * head_dim_v * ELEMENT_BYTES // ctas
     left = SM_SHARED_BYTES - RESERVED_SHARED_BYTES - 2 * TILE_M * head_dim * ELEMENT_BYTES
     stages = _ring_stages(left, k_bytes, v_bytes)
     if stages is None:
@@ -181,17 +203,19 @@ def _two_query_tiles(problem: Problem, exp2_emulated: int) -> PrefillConfig | No
         v_stages=stages[1],
         p_early_columns=96,
         exp2_emulated=exp2_emulated,
+        cta_pair=pair,
         **_two_tiles_registers(problem),
     )
 
 
-def _one_query_tile(problem: Problem, exp2_emulated: int) -> PrefillConfig | None:
+def _one_query_tile(problem: Problem, exp2_emulated: int, pair: bool) -> PrefillConfig | None:
     # A multiple of 32, so that half of it is a whole number of instructions.
     head_dim, head_dim_v = round_up(problem.head_dim, 32), round_up(problem.head_dim_v, 32)
-    tile_n = 128
+    # In pairs a slot of a whole KV tile is as large as one of half a tile without.
+    tile_n, chunks = 128, 1 if pair else 2
     k_bytes, v_bytes = tile_n * head_dim // 2 * ELEMENT_BYTES, tile_n * head_dim_v // 2 * ELEMENT_BYTES
     left = SM_SHARED_BYTES - RESERVED_SHARED_BYTES - TILE_M * head_dim * ELEMENT_BYTES
-    stages = _ring_stages(left, k_bytes, v_bytes, at_least=2)
+    stages = _ring_stages(left, k_bytes, v_bytes, at_least=chunks)
     if stages is None:
         return None
     return PrefillConfig(
@@ -199,8 +223,8 @@ def _one_query_tile(problem: Problem, exp2_emulated: int) -> PrefillConfig | Non
         head_dim_v=head_dim_v,
         query_tiles=1,
         tile_n=tile_n,
-        k_chunks=2,
-        v_chunks=2,
+        k_chunks=chunks,
+        v_chunks=chunks,
         k_stages=stages[0],
         v_stages=stages[1],
         p_early_columns=96,
@@ -209,6 +233,7 @@ def _one_query_tile(problem: Problem, exp2_emulated: int) -> PrefillConfig | Non
         registers_correction=112,
         registers_other=128,
         ctas=0 if problem.sparsity else SMS,
+        cta_pair=pair,
     )
 
 
@@ -228,10 +253,10 @@ def _ring_stages(left_bytes: int, k_bytes: int, v_bytes: int, at_least: int = 1)
 
 
 def cost(problem: Problem, config: PrefillConfig) -> float:
-    """Modelled clocks per KV tile of one query tile: the slower of the matrix unit and the exponential unit.
+    """Modelled clocks per KV tile of one query tile: the slowest unit, and a part of what it does not hide.
 
-    Rates per SM and clock: 8192 FLOP of 16-bit MMA and 16 exponentials; an emulated exponential takes about
-    6 of the 128 issue slots a clock has for fp32 lanes (twelve instructions for a pair).
+    Rates per SM and clock: 8192 FLOP of 16-bit MMA, 16 exponentials and 128 bytes of shared memory; an emulated
+    exponential takes about 6 of the 128 issue slots a clock has for fp32 lanes (twelve instructions for a pair).
     """
     matrix = 2 * TILE_M * config.tile_n * (config.head_dim + config.head_dim_v) / 8192
     share = config.exp2_emulated / 16 * (config.tile_n - 32) / config.tile_n
@@ -239,7 +264,10 @@ def cost(problem: Problem, config: PrefillConfig) -> float:
     exponential = elements * (1 - share) / 16
     # Scaling, maximum, sum, conversion: about 3 lane slots an element beside the exponentials.
     lanes = elements * (3 + 6 * share) / 128
-    return max(matrix, exponential, lanes) + 0.25 * (exponential + lanes)
+    # Each product reads its operands once a tile, but for P; TMA writes K and V once for all query tiles of the CTA.
+    kv_bytes = config.tile_n * (config.head_dim + config.head_dim_v) * ELEMENT_BYTES / config.ctas_per_tile
+    shared = (TILE_M * config.head_dim * ELEMENT_BYTES + kv_bytes + kv_bytes / config.query_tiles) / 128
+    return max(matrix, exponential, lanes, shared) + 0.25 * (exponential + lanes + shared)
 
 
 def choose(problem: Problem, arch: str = "sm_100a") -> PrefillConfig:

@@ -40,7 +40,16 @@ from cutlass.memory import SmemAllocator
 from cute_sparse.device.bundles import TMA_ALIGN_BYTES, PrefillOperands, TokenTensor, log2_threshold, prefill_operands
 from cute_sparse.device.mask import Band, TileRange
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
-from cute_sparse.device.schedule import NO_TILE, SLOT_WORDS, DynamicTiles, OneTile, TileOrder, WorkTile, heads_in_cache
+from cute_sparse.device.schedule import (
+    NO_TILE,
+    SLOT_WORDS,
+    DynamicTiles,
+    OneTile,
+    StaticTiles,
+    TileOrder,
+    WorkTile,
+    heads_in_cache,
+)
 from cute_sparse.operands import PREFILL
 from cute_sparse.problem import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, Problem, check_supported, head_dim_feature
 
@@ -85,6 +94,7 @@ class Pipes(NamedTuple):
     o_step: Any
     o_done: Any
     row_done: Any
+    factor_free: Any
     o_free: Any
     decided: Any  # (query tile, slot of DECISIONS)
 
@@ -117,6 +127,27 @@ class Operands:
     sV_layout: cute.ComposedLayout
     group: Int32  # query heads per KV head
     order: TileOrder
+    pairing: Any  # None without pairs
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What the two CTAs of a pair have in common besides a KV head: two query heads' rows, or one head's.
+
+    heads   query heads of a work tile, 2 or 1
+    rows    rows of a head from one query tile of a CTA to the next: TILE_M or 2 * TILE_M
+    """
+
+    heads: Int32
+    rows: Int32
+
+    @staticmethod
+    def of(group) -> "Pairing":
+        """Two heads, which see the same keys, if `group` query heads per KV head are an even number."""
+        two_heads = group % 2 == 0
+        return Pairing(
+            cutlass.select_(two_heads, Int32(2), Int32(1)), cutlass.select_(two_heads, Int32(TILE_M), Int32(2 * TILE_M))
+        )
 
 
 class Work(NamedTuple):
@@ -124,8 +155,9 @@ class Work(NamedTuple):
 
     span_q: Any
     span_k: Any
+    head_idx: Any  # this CTA's
     head_kv_idx: Any
-    ranges: Any  # one TileRange per query tile; begin == end == 0 where it sees no key or does not exist
+    ranges: Any  # per query tile, the TileRange of its products; begin == end == 0 where there are none
     union: Any
 
 
@@ -145,7 +177,8 @@ class Step(NamedTuple):
     op: Any
     pipes: Any
     tiles: Any
-    tile: Any
+    head_idx: Any
+    batch_idx: Any
     band: Any
     thread: Any
     state: Any
@@ -189,11 +222,13 @@ class Prefill:
                 complete, so that with two query tiles O may be rescaled
       p_ready   softmax -> mma: score buffers; 128 threads: S was read, the first columns of P written, O rescaled,
                 and, if the problem is sparse, sKeep says whether there is a P at all
-      p_rest    softmax -> mma: score buffers; 128 threads: the rest of P. Only for kept tiles
+      p_rest    softmax -> mma: score buffers; 128 threads: the rest of P. Only for kept tiles. Of each buffer, because
+                with one query tile a warp may be done with the next tile before another is with this one
       o_step    mma -> softmax, with one query tile: 1 commit of a P V. O may be rescaled
       o_done    mma -> correction: query tiles; 1 commit of the last P V
       row_done  softmax -> correction: query tiles; 128 threads: sFactor is written
-      o_free    correction -> mma, softmax: query tiles; 128 threads: O and sFactor were read. Only if persistent
+      factor_free  correction -> softmax: query tiles; 128 threads: sFactor was read. Only if persistent
+      o_free    correction -> mma: query tiles; 128 threads: O was read. Only if persistent
       decided   softmax -> load, in sparse problems: DECISIONS slots a query tile; 1 thread: sKeep is written
 
     Timeline (steady state, two query tiles; the KV tile in brackets)
@@ -204,6 +239,21 @@ class Prefill:
     and with one query tile, whose S alternates between two buffers
       mma        Q K(i+1)  P V(i)  Q K(i+2)  P V(i+1) ..
       softmax    S(i+1): max, exp, P, sum    S(i+2) ..
+
+    Pairs of CTAs (`PrefillConfig.cta_pair`). The MMA warp of one CTA, the leader, multiplies 256 rows: 128 of each CTA,
+    whose S, P and O lie in its own tensor memory. Each CTA fetches half of K's rows and half of V's columns, so
+    that TMA and the products move half of K and V through shared memory, and the rings are twice as deep: at
+    192/128 a CTA alone has room for two K and one V, and its MMA warp waits for V most of the time. Per 128 x 128
+    tile (1024 x 1024, 2 query heads on 1 KV head, full mask, the emulator's count) TMA fetches, alone -> in pairs: d128
+    36 -> 20 KB, 192/128 46 -> 26, d256 136 -> 72. What the MMA warp waits for arrives on the leader's barriers,
+    there once a warp (8) instead of once a thread (128); its commits arrive in both CTAs.
+      The CTAs of a pair compute the same rows of two query heads, which see the same keys; or, where heads_q / heads_kv
+    is odd, neighbouring rows of one, of which under a causal mask the upper see one KV tile less: they answer it with
+    P = 0 (`_blank_tile`).
+      A sparse problem's CTAs stay alone: a product of 256 rows takes place unless both query tiles skip it, so that
+    pairs would multiply more, a CTA that skips would still have to write P = 0 wherever the other keeps, and the
+    halves of V would be fetched on the word of four query tiles in two CTAs. So do those of packed batches,
+    whose work tiles are claimed one by one, which a pair would have to do together.
 
     The skip. The 128 threads of a query tile vote in one instruction (`any_of_group`) after the maximum; the
     result travels in sKeep with the arrival that the MMA warp waits for in any case. A dense problem compiles
@@ -219,51 +269,71 @@ class Prefill:
         self.config = config
         self.dtype = DTYPES[problem.dtype]
         self.sparse = problem.sparsity is not None
+        self._check_supported()
         self.one_tile = config.query_tiles == 1
+        self.pair = config.cta_pair
         self.persistent = config.ctas > 0
+        # The work tiles of a pair are dealt out in turn: a claim would have to reach both CTAs.
+        self.dynamic = self.persistent and not self.pair
         self.steps_k = config.k_chunk // umma.INSTRUCTION_K
         self.steps_v = config.tile_n // umma.INSTRUCTION_K
         self.steps_early = config.p_early_columns // umma.INSTRUCTION_K
-        self.s_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.tile_n, b_major_mn=False)
+        rows = config.product_rows
+        self.s_instruction = umma.instruction_descriptor(self.dtype, rows, config.tile_n, b_major_mn=False)
         self.v_lag = -(-config.v_stages // config.v_chunks)  # KV tiles after which a slot of V is used again
         assert max(self.v_lag, config.k_stages) + 2 < DECISIONS
-        self.o_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.v_chunk, b_major_mn=True)
+        self.o_instruction = umma.instruction_descriptor(self.dtype, rows, config.v_chunk, b_major_mn=True)
+
+    def _check_supported(self) -> None:
+        """Raise `NotImplementedError` for a config that can not run the problem; `config.candidates` has none."""
+        problem, config = self.problem, self.config
+        if self.sparse and config.ctas > 0:
+            raise NotImplementedError(f"{config.ctas=} with sparsity: a sparse kernel's CTAs take one work tile, 0")
+        if config.cta_pair and (self.sparse or problem.varlen or problem.mask == "band"):
+            raise NotImplementedError(
+                f"{config.cta_pair=} with {problem.sparsity=}, {problem.varlen=}, {problem.mask=}: "
+                "pairs of CTAs compute dense problems, not packed, with a full or causal mask"
+            )
 
     @cute.jit
     def __call__(self, *values, stream):
         config, problem, dtype = self.config, self.problem, self.dtype
         prefill = prefill_operands(problem, values)
-        one = tcgen05.CtaGroup.ONE
+        ctas = tcgen05.CtaGroup.TWO if self.pair else tcgen05.CtaGroup.ONE
+        rows = config.product_rows
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        mma_s = sm100.make_trivial_tiled_mma(dtype, dtype, k_major, k_major, Float32, one, (TILE_M, config.tile_n))
+        mma_s = sm100.make_trivial_tiled_mma(dtype, dtype, k_major, k_major, Float32, ctas, (rows, config.tile_n))
         mma_o = sm100.make_trivial_tiled_mma(
-            dtype, dtype, k_major, mn_major, Float32, one, (TILE_M, config.v_chunk), tcgen05.OperandSource.TMEM
+            dtype, dtype, k_major, mn_major, Float32, ctas, (rows, config.v_chunk), tcgen05.OperandSource.TMEM
         )
-        q_tile = (TILE_M, config.tile_n, config.head_dim)
-        k_tile = (TILE_M, config.tile_n, config.k_chunk)
-        v_tile = (TILE_M, config.v_chunk, config.tile_n)
+        q_tile = (rows, config.tile_n, config.head_dim)
+        k_tile = (rows, config.tile_n, config.k_chunk)
+        v_tile = (rows, config.v_chunk, config.tile_n)
         sQ_layout = sm100.make_smem_layout_a(mma_s, q_tile, dtype, config.query_tiles)
         sK_layout = sm100.make_smem_layout_b(mma_s, k_tile, dtype, config.k_stages)
         sV_layout = sm100.make_smem_layout_b(mma_o, v_tile, dtype, config.v_stages)
-        load = cpasync.CopyBulkTensorTileG2SOp(one)
-        cluster = cute.tiled_divide(cute.make_layout((1, 1, 1)), (mma_s.thr_id.shape,)).shape
+        load = cpasync.CopyBulkTensorTileG2SOp(ctas)
+        cluster = (config.ctas_per_tile, 1, 1)
+        cluster_vmnk = cute.tiled_divide(cute.make_layout(cluster), (mma_s.thr_id.shape,)).shape
         modes = [0, 1, 2]
         q_atom, q = cute.nvgpu.make_tiled_tma_atom_A(
-            load, prefill.q.tensor, cute.select(sQ_layout, mode=modes), q_tile, mma_s, cluster
+            load, prefill.q.tensor, cute.select(sQ_layout, mode=modes), q_tile, mma_s, cluster_vmnk
         )
         k_atom, k = cute.nvgpu.make_tiled_tma_atom_B(
-            load, prefill.k.tensor, cute.select(sK_layout, mode=modes), k_tile, mma_s, cluster
+            load, prefill.k.tensor, cute.select(sK_layout, mode=modes), k_tile, mma_s, cluster_vmnk
         )
         v_atom, v = cute.nvgpu.make_tiled_tma_atom_B(
-            load, transposed(prefill.v.tensor), cute.select(sV_layout, mode=modes), v_tile, mma_o, cluster
+            load, transposed(prefill.v.tensor), cute.select(sV_layout, mode=modes), v_tile, mma_o, cluster_vmnk
         )
         group = prefill.heads_q // cutlass.max(prefill.heads_kv, 1)
+        pairing = Pairing.of(group) if self.pair else None
         kv_bytes_per_token = (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES
+        heads, rows = (pairing.heads, pairing.rows) if self.pair else (1, TILE_M)
         order = TileOrder(
-            m_blocks=cute.ceil_div(prefill.lengths.seqlen_q, TILE_M * config.query_tiles),
-            heads=prefill.heads_q,
+            m_blocks=cute.ceil_div(prefill.lengths.seqlen_q, rows * config.query_tiles),
+            heads=prefill.heads_q // heads,
             batch=prefill.batch,
-            heads_per_group=heads_in_cache(L2_BYTES, kv_bytes_per_token, prefill.lengths.seqlen_k, group),
+            heads_per_group=heads_in_cache(L2_BYTES, kv_bytes_per_token, prefill.lengths.seqlen_k, group) // heads,
             longest_first=problem.mask != "full",
         )
         self.storage = shared_storage(config, dtype, sQ_layout, sK_layout, sV_layout)
@@ -282,9 +352,15 @@ class Prefill:
             sV_layout,
             group,
             order,
+            pairing,
         )
-        grid = DynamicTiles.grid(order, config.ctas) if const_expr(self.persistent) else OneTile.grid(order)
-        self.kernel(operands).launch(grid=grid, block=(config.threads, 1, 1), stream=stream, min_blocks_per_mp=1)
+        self.kernel(operands).launch(
+            grid=self._grid(order),
+            block=(config.threads, 1, 1),
+            cluster=cluster if self.pair else None,
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
 
     @cute.kernel
     def kernel(self, op: Operands):
@@ -296,15 +372,15 @@ class Prefill:
         if warp == 0:
             with cute.arch.elect_one():
                 self._initialise(pipes)
-                if const_expr(self.persistent):
+                if const_expr(self.dynamic):
                     self._tile_ring(storage).initialise()
         if warp == config.load_warp:
             for atom in (op.q_atom, op.k_atom, op.v_atom):
                 cpasync.prefetch_descriptor(atom)
         if warp == config.mma_warp:
-            tmem.allocate(storage.tmem_base.ptr)
+            tmem.allocate(storage.tmem_base.ptr, self.pair)
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        self._sync_ctas()
         base = tmem.BASE
         schedule = self._schedule(op, storage)
 
@@ -317,38 +393,37 @@ class Prefill:
         else:
             cute.arch.setmaxregister_decrease(config.registers_other)
             if warp == config.mma_warp:
-                if const_expr(self.one_tile):
-                    self.multiply_one_tile(op, pipes, tiles, schedule, base)
-                else:
-                    self.multiply(op, pipes, tiles, schedule, base)
+                if self._leads():
+                    if const_expr(self.one_tile):
+                        self.multiply_one_tile(op, pipes, tiles, schedule, base)
+                    else:
+                        self.multiply(op, pipes, tiles, schedule, base)
             elif warp == config.load_warp:
                 self.load(op, pipes, tiles, schedule)
 
-        cute.arch.sync_threads()
+        self._sync_ctas()
         if warp == config.mma_warp:
-            tmem.deallocate(base)
+            tmem.deallocate(base, self.pair)
 
     # ------------------------------------------------------------------------------------------------ load
 
     @cute.jit
     def load(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule):
         config = self.config
+        rank = self._rank()
         k_cursor, v_cursor = producer_cursor(), producer_cursor()
         q_parity = Int32(0b11)  # one bit a query tile
         counts = [Int32(0)] * config.query_tiles  # KV tiles of each query tile in the work tiles before
         tile, claim = schedule.first_for_producer()
         while tile.m_block != NO_TILE:
             work = self._work(op, tile)
-            q_tile = tile.m_block * config.query_tiles
-            mQ = op.q.sequence(tile.head_idx, tile.batch_idx, work.span_q)
+            mQ = op.q.sequence(work.head_idx, tile.batch_idx, work.span_q)
             mK = op.k.sequence(work.head_kv_idx, tile.batch_idx, work.span_k)
             mV = transposed(op.v.sequence(work.head_kv_idx, tile.batch_idx, work.span_k))
-            gQ = cute.local_tile(mQ, (TILE_M, config.head_dim), (None, 0))  # (TILE_M, head_dim, query tiles)
             gK = cute.local_tile(mK, (config.tile_n, config.k_chunk), (None, None))  # (.., .., KV tiles, chunks)
             gV = cute.local_tile(mV, (config.v_chunk, config.tile_n), (None, None))  # (.., .., chunks, KV tiles)
-            tQsQ, tQgQ = tma_partition(op.q_atom, tiles.sQ, op.mma_s.get_slice(0).partition_A(gQ))
-            tKsK, tKgK = tma_partition(op.k_atom, tiles.sK, op.mma_s.get_slice(0).partition_B(gK))
-            tVsV, tVgV = tma_partition(op.v_atom, tiles.sV, op.mma_o.get_slice(0).partition_B(gV))
+            tKsK, tKgK = tma_partition(op.k_atom, tiles.sK, op.mma_s.get_slice(rank).partition_B(gK))
+            tVsV, tVgV = tma_partition(op.v_atom, tiles.sV, op.mma_o.get_slice(rank).partition_B(gV))
             steps = work.union.end - work.union.begin
             skipping = Boolean(False)
             if steps > 0:
@@ -357,10 +432,7 @@ class Prefill:
                     if work.ranges[s].begin < work.ranges[s].end:
                         cute.arch.mbarrier_wait(pipes.q_empty + s, q_parity >> s & 1)
                         q_parity = q_parity ^ (1 << s)
-                        q_bytes = config.q_bytes // config.query_tiles
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(pipes.q_full + s, q_bytes)
-                        cute.copy(op.q_atom, tQgQ[None, q_tile + s], tQsQ[None, s], tma_bar_ptr=pipes.q_full + s)
+                        self._load_q(op, pipes, tiles, mQ, self._first_row(op, tile, s), s)
             for i in cutlass.range(steps, unroll=1):
                 n_block = work.union.end - 1 - i
                 if i + 1 < steps:
@@ -369,20 +441,35 @@ class Prefill:
                 fetch = Boolean(True)
                 if const_expr(self.sparse):
                     if not skipping and i >= self.v_lag:
-                        skipping = not self._wanted(pipes, tiles, work, counts, n_block + self.v_lag)
+                        # The slot's last reader, P V of that tile, was issued after everybody's decision on it.
+                        skipping = not self._wanted(pipes, tiles, work, counts, n_block + self.v_lag, False)
                     if skipping:
-                        fetch = self._wanted(pipes, tiles, work, counts, n_block)
+                        fetch = self._wanted(pipes, tiles, work, counts, n_block, True)
                         skipping = not fetch
                 v_cursor = self._load_v(op, pipes, tVsV, tVgV, n_block, v_cursor, fetch)
             counts = added(counts, [r.end - r.begin for r in work.ranges])
             tile, claim = schedule.next_for_producer(tile, claim)
 
     @cute.jit
+    def _load_q(
+        self, op: Operands, pipes: Pipes, tiles: Tiles, mQ, first_row: Int32, query_tile: cutlass.Constexpr[int]
+    ):
+        """The rows from `first_row` on; the rest of a product's rows are the other CTA's."""
+        config = self.config
+        barrier = pipes.q_full + query_tile
+        gQ = cute.local_tile(
+            cute.domain_offset((first_row, 0), mQ), (config.product_rows, config.head_dim), (0, 0)
+        )  # (product_rows, head_dim)
+        tQsQ, tQgQ = tma_partition(op.q_atom, tiles.sQ, op.mma_s.get_slice(umma.LEADER).partition_A(gQ))
+        self._expect(barrier, config.q_bytes // config.query_tiles)
+        cute.copy(op.q_atom, tQgQ, tQsQ[None, query_tile], tma_bar_ptr=barrier)
+
+    @cute.jit
     def _load_k(self, op: Operands, pipes: Pipes, tKsK, tKgK, n_block: Int32, cursor: Cursor):
         for chunk in cutlass.range_constexpr(self.config.k_chunks):
             pipes.k.acquire(cursor)
-            pipes.k.expect(cursor, self.config.k_slot_bytes)
             barrier = pipes.k.full(cursor)
+            self._expect(barrier, self.config.k_slot_bytes)
             cute.copy(op.k_atom, tKgK[None, n_block, chunk], tKsK[None, cursor.index], tma_bar_ptr=barrier)
             cursor = pipes.k.advanced(cursor)
         return cursor
@@ -395,7 +482,7 @@ class Prefill:
                 pipes.v.acquire(cursor)
             barrier = pipes.v.full(cursor)
             if fetch:
-                pipes.v.expect(cursor, self.config.v_slot_bytes)
+                self._expect(barrier, self.config.v_slot_bytes)
                 cute.copy(op.v_atom, tVgV[None, chunk, n_block], tVsV[None, cursor.index], tma_bar_ptr=barrier)
             else:
                 with cute.arch.elect_one():
@@ -404,15 +491,26 @@ class Prefill:
         return cursor
 
     @cute.jit
-    def _wanted(self, pipes: Pipes, tiles: Tiles, work: Work, counts, n_block: Int32) -> Boolean:
-        """Whether any query tile keeps a KV tile, once they have decided."""
+    def _expect(self, barrier, tx_bytes: cutlass.Constexpr[int]):
+        """The whole warp: announce what each CTA loads. In a pair all of it arrives on the leader's barrier."""
+        if self._leads():
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, tx_bytes * self.config.ctas_per_tile)
+
+    @cute.jit
+    def _wanted(
+        self, pipes: Pipes, tiles: Tiles, work: Work, counts, n_block: Int32, wait: cutlass.Constexpr[bool]
+    ) -> Boolean:
+        """Whether any query tile keeps a KV tile, once they have decided, for which to `wait`."""
         wanted = Boolean(False)
         for s in cutlass.range_constexpr(self.config.query_tiles):
             if work.ranges[s].begin <= n_block and n_block < work.ranges[s].end:
                 number = counts[s] + work.ranges[s].end - 1 - n_block
-                decided = pipes.decided + (s * DECISIONS + number % DECISIONS)
-                cute.arch.mbarrier_wait(decided, number // DECISIONS & 1)
-                wanted = self._decision(tiles, s, number) or wanted
+                if const_expr(wait):
+                    decided = pipes.decided + (s * DECISIONS + number % DECISIONS)
+                    cute.arch.mbarrier_wait(decided, number // DECISIONS & 1)
+                kept = self._decision(tiles, s, number)
+                wanted = kept or wanted
         return wanted
 
     # ------------------------------------------------------------------------------------------------ mma
@@ -469,7 +567,7 @@ class Prefill:
                         if active:
                             with cute.arch.elect_one():
                                 self._scores(fragments, scores, s, 0, k_cursor.index)
-                                umma.commit(pipes.s_full + s)
+                                umma.commit(pipes.s_full + s, self.pair)
                     else:
                         if n_block == begins[s] + sizes[s] - 1 and sizes[s] > 0:
                             cute.arch.mbarrier_wait(pipes.q_full + s, q_parity >> s & 1)
@@ -492,7 +590,8 @@ class Prefill:
         fragments = self._fragments(op, tiles)
         k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
         q_parity, o_parity = Int32(0), Int32(1)
-        first, kept = Int32(0), Int32(0)  # KV tiles before this work tile; KV tiles multiplied by P
+        first = Int32(0)  # KV tiles before this work tile
+        rest_parity = Int32(0)  # one bit a buffer of S: kept tiles only
         tile, claim = schedule.first()
         while tile.m_block != NO_TILE:
             work = self._work(op, tile)
@@ -510,12 +609,12 @@ class Prefill:
                         with cute.arch.elect_one():
                             self._scores(fragments, scores, 0, chunk, k_cursor.index)
                             if const_expr(chunk == config.k_chunks - 1):
-                                umma.commit(pipes.s_full + buffer)
-                            umma.commit(pipes.k.empty(k_cursor))
+                                umma.commit(pipes.s_full + buffer, self.pair)
+                            umma.commit(pipes.k.empty(k_cursor), self.pair)
                         k_cursor = pipes.k.advanced(k_cursor)
                     if i == steps - 1:
                         with cute.arch.elect_one():
-                            umma.commit(pipes.q_empty)
+                            umma.commit(pipes.q_empty, self.pair)
                 if i > 0:
                     last = first + i - 1
                     buffer = last & 1
@@ -537,20 +636,20 @@ class Prefill:
                                 v_cursor.index,
                                 chunk,
                                 started != 0,
-                                pipes.p_rest,
-                                kept & 1,
+                                pipes.p_rest + buffer,
+                                rest_parity >> buffer & 1,
                             )
                         with cute.arch.elect_one():
-                            umma.commit(pipes.v.empty(v_cursor))
+                            umma.commit(pipes.v.empty(v_cursor), self.pair)
                         v_cursor = pipes.v.advanced(v_cursor)
                     if keep:
                         with cute.arch.elect_one():
-                            umma.commit(pipes.o_step)
-                        kept += 1
+                            umma.commit(pipes.o_step, self.pair)
+                        rest_parity = rest_parity ^ (1 << buffer)
                         started = Int32(1)
                     if i == steps:
                         with cute.arch.elect_one():
-                            umma.commit(pipes.o_done)
+                            umma.commit(pipes.o_done, self.pair)
             first += steps
             tile, claim = schedule.next(tile, claim)
 
@@ -575,12 +674,12 @@ class Prefill:
     def _close_step(self, fragments, pipes, scores, k_cursor, v_cursor, active, i, steps, sizes):
         """One thread, the end of step i of `multiply`: V is read, S of query tile 1 made, K read, and at last Q."""
         if i > 0:
-            umma.commit(pipes.v.empty(v_cursor))
+            umma.commit(pipes.v.empty(v_cursor), self.pair)
         if active:
             self._scores(fragments, scores, 1, 0, k_cursor.index)
-            umma.commit(pipes.s_full + 1)
+            umma.commit(pipes.s_full + 1, self.pair)
         if i < steps:
-            umma.commit(pipes.k.empty(k_cursor))
+            umma.commit(pipes.k.empty(k_cursor), self.pair)
         if i == steps - 1:
             self._commit_active(pipes.q_empty, sizes)
 
@@ -589,7 +688,7 @@ class Prefill:
         """One thread: arrive on the barrier of each query tile that has KV tiles, after all products so far."""
         for s in cutlass.range_constexpr(2):
             if sizes[s] > 0:
-                umma.commit(barriers + s)
+                umma.commit(barriers + s, self.pair)
 
     @cute.jit
     def _scores(
@@ -608,7 +707,8 @@ class Prefill:
         for step in cutlass.range_constexpr(self.steps_k):
             q_step = q_first + q.steps[chunk * self.steps_k + step]
             accumulate = chunk > 0 or step > 0
-            umma.issue_from_shared(accumulator, q_step, k_first + k.steps[step], self.s_instruction, accumulate)
+            k_step = k_first + k.steps[step]
+            umma.issue_from_shared(accumulator, q_step, k_step, self.s_instruction, accumulate, self.pair)
 
     @cute.jit
     def _values(
@@ -634,13 +734,13 @@ class Prefill:
 
     def _value_step(self, accumulator, probabilities, v_first, v, step, accumulate) -> None:
         p_step = probabilities + step * umma.INSTRUCTION_K // 2  # two elements of P a column
-        umma.issue_from_tensor(accumulator, p_step, v_first + v.steps[step], self.o_instruction, accumulate)
+        v_step = v_first + v.steps[step]
+        umma.issue_from_tensor(accumulator, p_step, v_step, self.o_instruction, accumulate, self.pair)
 
     # ------------------------------------------------------------------------------------------------ softmax
 
     @cute.jit
     def softmax(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
-        config = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         query_tile = warp // WARPS_PER_GROUP
         row = cute.arch.thread_idx()[0] % GROUP_THREADS
@@ -653,15 +753,23 @@ class Prefill:
         while tile.m_block != NO_TILE:
             span_q, span_k = self._spans(op, tile)
             band = self._band(op, span_q, span_k)
-            first_row = (tile.m_block * config.query_tiles + query_tile) * TILE_M
-            visited = tile_range(band, first_row)
+            head_idx = self._head_idx(op, tile)
+            first_row = self._first_row(op, tile, query_tile)
+            visited = tile_range(band, first_row, TILE_M)
             q_idx = first_row + row
             thread = Thread(query_tile, row, q_idx, q_idx < span_q.length, lane)
             kept_before = kept[0]
-            state = RowSoftmax.create(op.prefill.scale.scale_log2, self._threshold_log2(op, tile))
-            step = Step(op, pipes, tiles, tile, band, thread, state, kept)
-            lse = Float32(-Float32.inf)
-            if visited.begin < visited.end:
+            state = RowSoftmax.create(op.prefill.scale.scale_log2, self._threshold_log2(op, head_idx, tile.batch_idx))
+            step = Step(op, pipes, tiles, head_idx, tile.batch_idx, band, thread, state, kept)
+            factor, lse = Float32(0.0), Float32(-Float32.inf)
+            products = visited.end > 0
+            if const_expr(self.pair):
+                walked = self._products(op, band, tile, query_tile)
+                products = walked.end > 0
+                for _ in cutlass.range(walked.end - visited.end, unroll=1):
+                    self._blank_tile(step, count)
+                    count += 1
+            if visited.end > 0:
                 whole = band.whole(first_row, TILE_M)
                 whole_end = cutlass.max(cutlass.min(whole.end, visited.end - 1), visited.begin)
                 whole_begin = cutlass.min(cutlass.max(whole.begin, visited.begin), whole_end)
@@ -679,17 +787,18 @@ class Prefill:
                         self._softmax_tile(step, whole_begin - 1 - i, count, False, True)
                         count += 1
                 factor, lse = state.finish()
+            if products:
                 if const_expr(self.persistent):
-                    cute.arch.mbarrier_wait(pipes.o_free + query_tile, free_parity)
+                    cute.arch.mbarrier_wait(pipes.factor_free + query_tile, free_parity)
                     free_parity = free_parity ^ 1
                 tiles.sFactor[row, query_tile] = factor
                 cute.arch.mbarrier_arrive(pipes.row_done + query_tile)
             if const_expr(self.problem.return_lse):
                 if thread.in_sequence:
-                    self._store_lse(op, tile, span_q.first + q_idx, lse)
+                    self._store_lse(op, head_idx, tile.batch_idx, span_q.first + q_idx, lse)
             if const_expr(self.problem.return_stats):
                 if row == 0:
-                    self._count_tiles(op, tile, kept[0] - kept_before, visited.end - visited.begin)
+                    self._count_tiles(step, kept[0] - kept_before, visited.end - visited.begin)
             tile, claim = schedule.next(tile, claim)
 
     @cute.jit
@@ -697,14 +806,9 @@ class Prefill:
         self, step, n_block: Int32, count: Int32, first: cutlass.Constexpr[bool], masked: cutlass.Constexpr[bool]
     ):
         """One KV tile: the `count`-th of this warpgroup."""
-        config, plan = self.config, self.config.tmem
+        config = self.config
         thread, state = step.thread, step.state
-        buffer, parity = thread.query_tile, count & 1
-        if const_expr(self.one_tile):
-            buffer, parity = count & 1, count >> 1 & 1
-        address = thread.lane + plan.scores[0] + buffer * plan.buffer_stride
-        cute.arch.mbarrier_wait(step.pipes.s_full + buffer, parity)
-        tmem.fence_after_sync()
+        buffer, address = self._await_scores(step, count)
         scores = tmem.load_row(address, config.tile_n, FRAGMENT)
         if const_expr(self.problem.softcap):
             scores = [cute.math.tanh(s * step.op.prefill.scale.tanh_scale, fastmath=True) for s in scores]
@@ -723,7 +827,32 @@ class Prefill:
             else:
                 self._publish(step, n_block, count, SKIPPED)
                 tmem.fence_before_sync()
-                cute.arch.mbarrier_arrive(step.pipes.p_ready + buffer)
+                self._tell_leader(step.pipes.p_ready + buffer)
+
+    @cute.jit
+    def _await_scores(self, step, count: Int32):
+        """The buffer of S, and the address of this thread's row in it, once it is full."""
+        plan = self.config.tmem
+        buffer, parity = step.thread.query_tile, count & 1
+        if const_expr(self.one_tile):
+            buffer, parity = count & 1, count >> 1 & 1
+        cute.arch.mbarrier_wait(step.pipes.s_full + buffer, parity)
+        tmem.fence_after_sync()
+        return buffer, step.thread.lane + plan.scores[0] + buffer * plan.buffer_stride
+
+    @cute.jit
+    def _blank_tile(self, step, count: Int32):
+        """A KV tile that only the other CTA's rows of the products see: P is 0."""
+        config, pipes = self.config, step.pipes
+        buffer, address = self._await_scores(step, count)
+        p_address = address + (config.tmem.probabilities[0] - config.tmem.scores[0])
+        for first_column in cutlass.range_constexpr(0, config.tile_n // 2, FRAGMENT):
+            tmem.store(p_address + first_column, [Int32(0)] * FRAGMENT)
+        tmem.wait_stores()
+        tmem.fence_before_sync()
+        self._tell_leader(pipes.p_ready + buffer)
+        self._tell_leader(pipes.p_rest + buffer)
+        step.kept[0] = step.kept[0] + 1
 
     @cute.jit
     def _keep(
@@ -757,10 +886,10 @@ class Prefill:
             if const_expr(first_column + FRAGMENT == config.p_early_columns):
                 tmem.wait_stores()
                 tmem.fence_before_sync()
-                cute.arch.mbarrier_arrive(pipes.p_ready + buffer)
+                self._tell_leader(pipes.p_ready + buffer)
         tmem.wait_stores()
         tmem.fence_before_sync()
-        cute.arch.mbarrier_arrive(pipes.p_rest + (0 if self.one_tile else buffer))
+        self._tell_leader(pipes.p_rest + buffer)
         state.add(sums, first)
         step.kept[0] = step.kept[0] + 1
 
@@ -791,19 +920,20 @@ class Prefill:
             if step.thread.row == 0:
                 map_row = step.thread.q_idx // TILE_M
                 skip_map = step.op.prefill.stats.skip_map
-                skip_map[step.tile.batch_idx, step.tile.head_idx, map_row, n_block] = Uint8(decision)
+                skip_map[step.batch_idx, step.head_idx, map_row, n_block] = Uint8(decision)
 
     @cute.jit
-    def _count_tiles(self, op: Operands, tile: WorkTile, kept: Int32, visited: Int32):
-        counts = op.prefill.stats.tile_counts
+    def _count_tiles(self, step, kept: Int32, visited: Int32):
+        counts = step.op.prefill.stats.tile_counts
+        kept = kept if const_expr(self.sparse) else visited
         for i, count in enumerate((kept, visited)):
-            offset = cute.crd2idx((i, tile.batch_idx, tile.head_idx), counts.layout)
+            offset = cute.crd2idx((i, step.batch_idx, step.head_idx), counts.layout)
             cute.arch.atomic_add(counts.iterator + offset, count, sem="relaxed", scope="gpu")
 
     @cute.jit
-    def _store_lse(self, op: Operands, tile: WorkTile, token: Int32, lse: Float32):
-        batch_idx = 0 if const_expr(self.problem.varlen) else tile.batch_idx
-        op.prefill.lse[token, tile.head_idx, batch_idx] = lse
+    def _store_lse(self, op: Operands, head_idx: Int32, batch_idx: Int32, token: Int32, lse: Float32):
+        batch_idx = 0 if const_expr(self.problem.varlen) else batch_idx
+        op.prefill.lse[token, head_idx, batch_idx] = lse
 
     # ------------------------------------------------------------------------------------------------ correction
 
@@ -817,14 +947,16 @@ class Prefill:
         tile, claim = schedule.first()
         while tile.m_block != NO_TILE:
             work = self._work(op, tile)
-            mO = op.prefill.out.sequence(tile.head_idx, tile.batch_idx, work.span_q)
+            mO = op.prefill.out.sequence(work.head_idx, tile.batch_idx, work.span_q)
             for s in cutlass.range_constexpr(config.query_tiles):
-                q_idx = (tile.m_block * config.query_tiles + s) * TILE_M + row
+                q_idx = self._first_row(op, tile, s) + row
                 gO = mO[q_idx, None]
                 exists = q_idx < work.span_q.length
                 if work.ranges[s].begin < work.ranges[s].end:
                     cute.arch.mbarrier_wait(pipes.row_done + s, parity >> s & 1)
                     factor = tiles.sFactor[row, s]
+                    if const_expr(self.persistent):
+                        cute.arch.mbarrier_arrive(pipes.factor_free + s)
                     cute.arch.mbarrier_wait(pipes.o_done + s, parity >> s & 1)
                     tmem.fence_after_sync()
                     parity = parity ^ (1 << s)
@@ -833,7 +965,7 @@ class Prefill:
                         columns = tmem.load_row(output + first_column, STORE_FRAGMENT, STORE_FRAGMENT)
                         if const_expr(self.persistent and first_column + STORE_FRAGMENT == config.head_dim_v):
                             tmem.fence_before_sync()
-                            cute.arch.mbarrier_arrive(pipes.o_free + s)
+                            self._tell_leader(pipes.o_free + s)
                         words = self._output_words(columns, factor)
                         if exists:
                             self._store_columns(gO, first_column, words)
@@ -863,6 +995,33 @@ class Prefill:
 
     # ------------------------------------------------------------------------------------------------ all roles
 
+    def _rank(self):
+        """Which CTA of the pair this is."""
+        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) if self.pair else umma.LEADER
+
+    def _leads(self):
+        """Whether this CTA issues the products."""
+        return self._rank() == umma.LEADER
+
+    @cute.jit
+    def _tell_leader(self, barrier):
+        """The whole warp arrives on a barrier of the CTA that issues the products: in a pair once, else each thread."""
+        if const_expr(self.pair):
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barrier, umma.LEADER)
+        else:
+            cute.arch.mbarrier_arrive(barrier)
+
+    @cute.jit
+    def _sync_ctas(self):
+        """Every thread of the CTA, or of the pair."""
+        if const_expr(self.pair):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
     def _spans(self, op: Operands, tile: WorkTile):
         lengths = op.prefill.lengths
         return lengths.span_q(tile.batch_idx), lengths.span_k(tile.batch_idx)
@@ -881,20 +1040,47 @@ class Prefill:
     def _work(self, op: Operands, tile: WorkTile) -> Work:
         span_q, span_k = self._spans(op, tile)
         band = self._band(op, span_q, span_k)
-        first_tile = tile.m_block * self.config.query_tiles
-        ranges = [tile_range(band, (first_tile + s) * TILE_M) for s in range(self.config.query_tiles)]
-        return Work(span_q, span_k, tile.head_idx // op.group, ranges, union(ranges))
+        ranges = [self._products(op, band, tile, s) for s in range(self.config.query_tiles)]
+        head_idx = self._head_idx(op, tile)
+        return Work(span_q, span_k, head_idx, head_idx // op.group, ranges, union(ranges))
 
-    def _threshold_log2(self, op: Operands, tile: WorkTile):
+    def _head_idx(self, op: Operands, tile: WorkTile):
+        """The query head of this CTA; a pair's work tile numbers its heads together."""
+        if not self.pair:
+            return tile.head_idx
+        return tile.head_idx * op.pairing.heads + self._rank() * (op.pairing.heads - 1)
+
+    def _first_row(self, op: Operands, tile: WorkTile, query_tile):
+        """Of a query tile of this CTA."""
+        number = tile.m_block * self.config.query_tiles + query_tile
+        if not self.pair:
+            return number * TILE_M
+        return number * op.pairing.rows + self._rank() * (op.pairing.rows - TILE_M)
+
+    def _products(self, op: Operands, band: Band, tile: WorkTile, query_tile) -> TileRange:
+        """The KV tiles that a query tile is multiplied with: all that its rows see, or the other CTA's."""
+        rows = op.pairing.rows if self.pair else TILE_M
+        return tile_range(band, (tile.m_block * self.config.query_tiles + query_tile) * rows, rows)
+
+    def _threshold_log2(self, op: Operands, head_idx, batch_idx):
         if not self.sparse:
             return None
-        return log2_threshold(op.prefill.threshold, tile.batch_idx, tile.head_idx)
+        return log2_threshold(op.prefill.threshold, batch_idx, head_idx)
 
     def _schedule(self, op: Operands, storage):
         if not self.persistent:
-            return OneTile(op.order)
+            return OneTile(op.order, self.config.ctas_per_tile)
+        if not self.dynamic:
+            return StaticTiles(op.order, self.config.ctas_per_tile)
         slots = storage.sTile.get_tensor(cute.make_layout((SLOT_WORDS, TILE_SLOTS)))
         return DynamicTiles(op.order, op.prefill.work_counter, slots, self._tile_ring(storage))
+
+    def _grid(self, order: TileOrder):
+        if not self.persistent:
+            return OneTile.grid(order, self.config.ctas_per_tile)
+        if not self.dynamic:
+            return StaticTiles.grid(order, self.config.ctas, self.config.ctas_per_tile)
+        return DynamicTiles.grid(order, self.config.ctas)
 
     def _tile_ring(self, storage) -> Ring:
         """Work tiles go from the load warp to every softmax, correction and MMA warp."""
@@ -911,7 +1097,9 @@ class Prefill:
     def _initialise(self, pipes: Pipes) -> None:
         pipes.k.initialise()
         pipes.v.initialise()
-        arrivals = dict.fromkeys(("p_ready", "p_rest", "row_done", "o_free"), GROUP_THREADS)
+        arrivals = dict.fromkeys(("row_done", "factor_free"), GROUP_THREADS)
+        to_leader = self.config.ctas_per_tile * WARPS_PER_GROUP if self.pair else GROUP_THREADS
+        arrivals |= dict.fromkeys(("p_ready", "p_rest", "o_free"), to_leader)
         for name in Pipes._fields[2:-1]:
             for i in range(BARRIERS_PER_PIPE):
                 cute.arch.mbarrier_init(getattr(pipes, name) + i, arrivals.get(name, 1))
@@ -950,6 +1138,7 @@ def shared_storage(config: PrefillConfig, dtype: type, sQ_layout, sK_layout, sV_
         o_step: pipe
         o_done: pipe
         row_done: pipe
+        factor_free: pipe
         o_free: pipe
         decided: cute.struct.MemRange[Int64, DECISIONS * config.query_tiles]
         sTile: cute.struct.Align[cute.struct.MemRange[Int32, SLOT_WORDS * TILE_SLOTS], TMA_ALIGN_BYTES]
@@ -977,9 +1166,9 @@ def tma_partition(atom: cute.CopyAtom, shared: cute.Tensor, coordinates: cute.Te
     )
 
 
-def tile_range(band: Band, first_row) -> TileRange:
-    """The KV tiles of the query tile at `first_row`; begin == end == 0 where it sees no key or does not exist."""
-    visited = band.visited(first_row, TILE_M)
+def tile_range(band: Band, first_row, rows) -> TileRange:
+    """The KV tiles of the `rows` rows from `first_row`; begin == end == 0 where they see no key or do not exist."""
+    visited = band.visited(first_row, rows)
     empty = (first_row >= band.seqlen_q) | (visited.end <= visited.begin)
     return TileRange(*(cutlass.select_(empty, Int32(0), Int32(bound)) for bound in visited))
 

@@ -55,16 +55,22 @@ class TmemPlan:
         return self.outputs[1] - self.outputs[0] if len(self.outputs) > 1 else 0
 
 
-def allocate(written_to: cute.Pointer) -> None:
-    """Take all of tensor memory; its address goes to a word of shared memory. One whole warp calls this."""
-    cute.arch.alloc_tmem(COLUMNS, written_to)
-    cute.arch.relinquish_tmem_alloc_permit()
+def allocate(written_to: cute.Pointer, pair: bool = False) -> None:
+    """Take all of tensor memory; its address goes to a word of shared memory. One whole warp of each CTA calls this."""
+    cute.arch.alloc_tmem(COLUMNS, written_to, is_two_cta=pair)
+    cute.arch.relinquish_tmem_alloc_permit(is_two_cta=pair)
 
 
 @dsl_user_op
-def deallocate(base: Int32, *, loc=None, ip=None) -> None:
-    """Give it back. The warp that took it calls this, after everybody's last access."""
-    nvvm.tcgen05_dealloc(pointer(base, loc=loc, ip=ip), Int32(COLUMNS).ir_value(loc=loc, ip=ip), loc=loc, ip=ip)
+def deallocate(base: Int32, pair: bool = False, *, loc=None, ip=None) -> None:
+    """Give it back. The warp that took it calls this, after everybody's last access (of both CTAs of a pair)."""
+    nvvm.tcgen05_dealloc(
+        pointer(base, loc=loc, ip=ip),
+        Int32(COLUMNS).ir_value(loc=loc, ip=ip),
+        group=nvvm.CTAGroupKind.CTA_2 if pair else nvvm.CTAGroupKind.CTA_1,
+        loc=loc,
+        ip=ip,
+    )
 
 
 def lane_offset(warp_in_group):

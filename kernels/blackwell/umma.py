@@ -3,18 +3,23 @@
 S = Q K^T takes both operands from shared memory, O += P V takes P from tensor memory. One instruction
 multiplies 128 x 16 by 16 x N; its operands in shared memory are 64-bit descriptors, whose low bits are the
 address in units of 16 bytes, so that an offset in a tile is added to a descriptor as it stands.
+
+In a CTA pair one thread of the leader (rank 0) issues 256 x 16 by 16 x N for both: each CTA has 128 rows of A and D,
+at the same addresses, and half of B's N, and the descriptors name places in both.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cute_sparse.kernels.blackwell import tmem
-from cutlass import Boolean, Int32, Int64
+from cutlass import Boolean, Int32, Int64, const_expr
 from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cute.nvgpu import tcgen05
 from cutlass.cute.nvgpu.tcgen05.helpers import smem_descriptor_to_int
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 INSTRUCTION_K = 16  # elements of a 16-bit type: 32 bytes
+BOTH_CTAS = 0b11  # of a pair: one bit a CTA
+LEADER = 0  # the CTA of a pair that issues the products, and whose barriers tell it what is ready
 _FORMAT_BITS = {cutlass.Float16: 0, cutlass.BFloat16: 1}
 
 
@@ -23,7 +28,7 @@ def instruction_descriptor(dtype: type, m: int, n: int, b_major_mn: bool) -> int
 
     Bits: D format 4 (1 = fp32), A format 7, B format 10, B major 16 (1 = MN), N / 8 at 17, M / 16 at 24.
     """
-    assert m == 128 and n % 16 == 0 and 16 <= n <= 256, f"no instruction of {m} x {n}"
+    assert m in (128, 256) and n % (m // 8) == 0 and m // 8 <= n <= 256, f"no instruction of {m} x {n}"
     operand_format = _FORMAT_BITS[dtype]
     return 1 << 4 | operand_format << 7 | operand_format << 10 | int(b_major_mn) << 16 | n // 8 << 17 | m // 16 << 24
 
@@ -53,24 +58,24 @@ def opaque(value: Int64, *, loc=None, ip=None) -> Int64:
 
 @dsl_user_op
 def issue_from_shared(
-    accumulator: Int32, a: Int64, b: Int64, instruction: int, accumulate: Boolean, *, loc=None, ip=None
+    accumulator: Int32, a: Int64, b: Int64, instruction: int, accumulate: Boolean, pair=False, *, loc=None, ip=None
 ) -> None:
-    """D (tensor memory) = A B, or D + A B; A and B are descriptors. One thread calls this."""
-    _mma(accumulator, a.ir_value(loc=loc, ip=ip), b, instruction, accumulate, loc=loc, ip=ip)
+    """D (tensor memory) = A B, or D + A B; A and B are descriptors. One thread (of the leader) calls this."""
+    _mma(accumulator, a.ir_value(loc=loc, ip=ip), b, instruction, accumulate, pair, loc=loc, ip=ip)
 
 
 @dsl_user_op
 def issue_from_tensor(
-    accumulator: Int32, a: Int32, b: Int64, instruction: int, accumulate: Boolean, *, loc=None, ip=None
+    accumulator: Int32, a: Int32, b: Int64, instruction: int, accumulate: Boolean, pair=False, *, loc=None, ip=None
 ) -> None:
     """D (tensor memory) = A B, or D + A B; A is an address in tensor memory, B a descriptor. One thread calls this."""
-    _mma(accumulator, tmem.pointer(a, loc=loc, ip=ip), b, instruction, accumulate, loc=loc, ip=ip)
+    _mma(accumulator, tmem.pointer(a, loc=loc, ip=ip), b, instruction, accumulate, pair, loc=loc, ip=ip)
 
 
-def _mma(accumulator, a, b, instruction, accumulate, *, loc, ip) -> None:
+def _mma(accumulator, a, b, instruction, accumulate, pair, *, loc, ip) -> None:
     nvvm.tcgen05_mma(
         nvvm.Tcgen05MMAKind.F16,
-        nvvm.CTAGroupKind.CTA_1,
+        nvvm.CTAGroupKind.CTA_2 if pair else nvvm.CTAGroupKind.CTA_1,
         tmem.pointer(accumulator, loc=loc, ip=ip),
         a,
         b.ir_value(loc=loc, ip=ip),
@@ -82,6 +87,10 @@ def _mma(accumulator, a, b, instruction, accumulate, *, loc, ip) -> None:
 
 
 @cute.jit
-def commit(barrier: cute.Pointer):
-    """Arrive once on `barrier` when every product issued so far by this thread is complete."""
-    tcgen05.commit(barrier)
+def commit(barrier: cute.Pointer, pair: cutlass.Constexpr[bool] = False):
+    """Arrive once on `barrier`, in a pair on that of both CTAs, when every product issued so far by this thread is
+    complete."""
+    if const_expr(pair):
+        tcgen05.commit(barrier, BOTH_CTAS, tcgen05.CtaGroup.TWO)
+    else:
+        tcgen05.commit(barrier)
