@@ -62,6 +62,7 @@ OUTPUT_FRAGMENT = 16  # columns of O in registers at a time
 VECTOR_BYTES = 16
 VECTOR_WORDS = VECTOR_BYTES // 4
 VECTOR = VECTOR_BYTES // ELEMENT_BYTES  # elements of one vector load
+WORDS_PER_THREAD = SUM_COLUMNS // WARPS_PER_GROUP  # columns of a row that a thread adds up at a time
 Q_BATCH = 4  # vectors of Q that a lane has under way
 KEPT, SKIPPED = 1, 2  # in the skip map
 END, END_EMPTY = -1, -2  # instead of a KV tile in a message: the segment is over; no tile of it was kept
@@ -630,7 +631,7 @@ class Decode:
                     # -- the decision
                     wanted = Boolean(True)
                     if const_expr(self.sparse):
-                        wanted = self._decide(tiles, state, place, tile_max, i, parity, published, narrow)
+                        wanted = self._decide(op, tiles, state, place, tile_max, i, parity, published, narrow)
                         parity = parity ^ 1
                     if const_expr(self.problem.return_stats):
                         self._map(op, segment, n_block, wanted)
@@ -645,7 +646,7 @@ class Decode:
                         self._deliver(pipes, tiles, p_cursor, warp, moved)
                         p_cursor = pipes.p.advanced(p_cursor)
                         kept += 1
-                        self._publish(op, segment, place, state)
+                        self._publish(op, segment, place, state, tile_max)
                     published = self._published(op, segment, place)
                 # -- the end
                 pipes.p.acquire(p_cursor)
@@ -691,6 +692,7 @@ class Decode:
     @cute.jit
     def _decide(
         self,
+        op: Operands,
         tiles: Tiles,
         state,
         place,
@@ -706,7 +708,7 @@ class Decode:
         if const_expr(published is not None):
             first = first & (published == 0) & place.exists
             if published != 0:
-                bound = self._shared_bound(published, state)
+                bound = op.results.shared_max.value(published) + state.threshold_raw
                 wants = wants & ~(tile_max[0] < bound)
         if const_expr(narrow):
             tiles.sMax[place.warp, place.row, parity] = tile_max[0]
@@ -763,13 +765,13 @@ class Decode:
                 code = op.results.shared_max.code(segment.item, place.row)
         return code
 
-    def _shared_bound(self, published: Uint32, state) -> Float32:
-        raise NotImplementedError
-
     @cute.jit
-    def _publish(self, op: Operands, segment: Segment, place, state):
+    def _publish(self, op: Operands, segment: Segment, place, state, tile_max):
+        """Where a kept tile has a row's new maximum; of a narrow launch's four warps, the first does it."""
         if const_expr(self.problem.share_max):
-            pass
+            is_new = tile_max[0] >= state.row_max[0]
+            if place.exists and segment.splits > 1 and place.first_column == 0 and is_new:
+                op.results.shared_max.publish(segment.item, place.row, state.row_max[0])
 
     # ---- statistics
 
@@ -813,7 +815,7 @@ class Decode:
                 kept = tiles.sTile[event.p_slot] == END
                 row_words = lane + plan.row_words + event.p_slot * ROW_WORDS
                 row_sum, row_max = tmem.load_row(row_words, ROW_WORDS, ROW_WORDS)
-                self._finish(op, pipes, segment, lane, thread, kept, row_max, row_sum)
+                self._finish(op, pipes, tiles, segment, lane, thread, kept, row_max, row_sum)
                 parity = parity ^ 1
             walk = op.plan.next(walk)
 
@@ -859,12 +861,26 @@ class Decode:
         cute.arch.fence_view_async_shared()
 
     @cute.jit
-    def _finish(self, op: Operands, pipes: Pipes, segment: Segment, lane: Int32, thread: Int32, kept, row_max, row_sum):
+    def _finish(
+        self,
+        op: Operands,
+        pipes: Pipes,
+        tiles: Tiles,
+        segment: Segment,
+        lane: Int32,
+        thread: Int32,
+        kept,
+        row_max,
+        row_sum,
+    ):
         """A segment's results: to the output, or as one of several splits, of which the last combines all."""
         rows = self._rows(op, segment)
-        self._finish_wide(op, pipes, segment, rows, lane, thread, kept, row_max, row_sum)
+        if op.narrow:
+            self._finish_narrow(op, pipes, tiles, segment, rows, lane, thread, kept, row_max, row_sum)
+        else:
+            self._finish_wide(op, pipes, segment, rows, lane, thread, kept, row_max, row_sum)
         if segment.splits > 1:
-            cute.arch.barrier(barrier_id=int(NamedBarrier.FINISH), number_of_threads=GROUP_THREADS)
+            self._meet()
             is_last = Boolean(False)
             if thread == 0:
                 is_last = op.results.arrive(segment)
@@ -898,6 +914,68 @@ class Decode:
             results.write_lse(rows, row, lse)
         else:
             results.leave_sum(slot, rows, row, row_max, row_sum)
+
+    @cute.jit
+    def _finish_narrow(
+        self,
+        op: Operands,
+        pipes: Pipes,
+        tiles: Tiles,
+        segment: Segment,
+        rows,
+        lane: Int32,
+        thread: Int32,
+        kept,
+        row_max,
+        row_sum,
+    ):
+        """Lane l of warp w has the quarter w of row l. They are added up, some columns at a time, through shared memory,
+        where thread t takes the columns 4 (t mod 4) on of row t / 4."""
+        config, results, sSum = self.config, op.results, tiles.sSum
+        warp, own_row = thread // THREADS_PER_WARP, thread % THREADS_PER_WARP
+        row, first_column = thread // WARPS_PER_GROUP, thread % WARPS_PER_GROUP * WORDS_PER_THREAD
+        slot = segment.slot(segment.split)
+        sSum[0, own_row, warp] = row_sum
+        sSum[1, own_row, warp] = row_max
+        self._meet()
+        own_max, _ = _merged(sSum, own_row)
+        weight = cute.math.exp2(row_max - own_max, fastmath=True)
+        row_max, row_sum = _merged(sSum, row)
+        unseen = row_sum == 0.0
+        row_max = cutlass.select_(unseen, -Float32.inf, row_max)
+        inverse, lse = normaliser(row_max, row_sum)
+        self._meet()
+        for first in cutlass.range_constexpr(0, config.head_dim_v, SUM_COLUMNS):
+            part = cute.make_rmem_tensor(SUM_COLUMNS, Float32)
+            part.fill(0.0)
+            if kept:
+                columns = tmem.load_row(lane + config.tmem.output + first, SUM_COLUMNS, SUM_COLUMNS)
+                columns = multiply_row(columns, weight)
+                for i in cutlass.range_constexpr(SUM_COLUMNS):
+                    part[i] = columns[i]
+            cute.autovec_copy(part, sSum[None, own_row, warp])
+            if const_expr(first + SUM_COLUMNS == config.head_dim_v):
+                self._done(pipes)
+            self._meet()
+            values = cute.make_rmem_tensor((WORDS_PER_THREAD, 1), Float32)
+            for i in cutlass.range_constexpr(WORDS_PER_THREAD):
+                quarters = [sSum[first_column + i, row, quarter] for quarter in range(WARPS_PER_GROUP)]
+                total = (quarters[0] + quarters[1]) + (quarters[2] + quarters[3])
+                values[i] = cutlass.select_(unseen, Float32(0.0), total)
+            if segment.splits == 1:
+                results.write_row(rows, row, first + first_column, WORDS_PER_THREAD, values, inverse)
+            else:
+                results.leave_row(slot, rows, row, first + first_column, WORDS_PER_THREAD, values)
+            self._meet()
+        if first_column == 0:
+            if segment.splits == 1:
+                results.write_lse(rows, row, lse)
+            else:
+                results.leave_sum(slot, rows, row, row_max, row_sum)
+
+    def _meet(self) -> None:
+        """All correction threads."""
+        cute.arch.barrier(barrier_id=int(NamedBarrier.FINISH), number_of_threads=GROUP_THREADS)
 
     # ------------------------------------------------------------------------------------------------ all roles
 
@@ -995,6 +1073,16 @@ def shared_storage(config: DecodeConfig, dtype: type, sQ_layout, sK_layout, sV_l
 def _visited(segment: Segment):
     """KV tiles that a segment visits: none at a phantom position."""
     return cutlass.select_(segment.visible, cutlass.max(segment.end - segment.begin, 0), Int32(0))
+
+
+def _merged(sSum: cute.Tensor, row):
+    """(reference, sum) of a row over its quarters, whose sums and references are in columns 0 and 1."""
+    sums, maxima = ([sSum[column, row, quarter] for quarter in range(WARPS_PER_GROUP)] for column in (0, 1))
+    row_max = maximum(maximum(maxima[0], maxima[1], maxima[2]), maxima[3])
+    row_sum = Float32(0.0)
+    for part, reference in zip(sums, maxima, strict=True):
+        row_sum = row_sum + part * cute.math.exp2(reference - row_max, fastmath=True)
+    return row_max, row_sum
 
 
 def _tma_partition(atom: cute.CopyAtom, shared: cute.Tensor, coordinates: cute.Tensor):
