@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cute_sparse.emulator.chips import Chip
+from cute_sparse.emulator.counts import Counts, Launch
 from cute_sparse.emulator.devices import Device
 from cute_sparse.emulator.errors import EmulatorError
 
@@ -101,6 +102,22 @@ def estimate(device: Device, chip: Chip, *, launch: int = -1, cluster: int = 0, 
         CtaTime(c["tensor"], c["tma"], c["shared"], tuple(_warp(w) for w in c["warps"])) for c in record["ctas"]
     )
     return Estimate(record["cycles"], ctas, tuple(Event(*event) for event in record["events"]))
+
+
+def roles(launch: Launch) -> tuple[str, ...]:
+    """What the warps of each index do, by their instructions: "MMA, exponentials", "load", "idle"."""
+    return tuple(_role(counts) for counts in launch.warps)
+
+
+def _role(counts: Counts) -> str:
+    does = {
+        "MMA": counts.mma_instructions,
+        "exponentials": counts.exponentials,
+        "load": counts.tma_bytes_loaded,
+        "store": counts.tma_bytes_stored or counts.global_bytes_written,
+        "tensor memory": any(opcode.startswith("tcgen05.ld") for opcode in counts.executed),
+    }
+    return ", ".join(name for name, happens in does.items() if happens) or "idle"
 
 
 def _warp(w: dict) -> WarpTime:
