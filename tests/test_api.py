@@ -36,6 +36,16 @@ def call_varlen(**changes):
     return cute_sparse.attention_varlen(given.pop("q"), given.pop("k"), given.pop("v"), **given)
 
 
+def call_decode(**changes):
+    """Two sequences of 25 and 30 keys; with a page table, eight pages of 16."""
+    q, k, v = tensors(seqlen_q=3)
+    given = dict(q=q, k_cache=k, v_cache=v, seqused_k=int32(25, 30)) | changes
+    if "page_table" in given:
+        pages = tensors(batch=8, seqlen_k=16)
+        given = dict(given, k_cache=pages[1], v_cache=pages[2]) | changes
+    return cute_sparse.decode(given.pop("q"), given.pop("k_cache"), given.pop("v_cache"), **given)
+
+
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -142,6 +152,114 @@ BAD_VARLEN = {
 def test_bad_packed_input_is_refused_by_name(changes, error, message):
     with pytest.raises(error, match=message):
         call_varlen(**changes)
+
+
+TABLE = torch.tensor([[0, 1, 9], [7, 2, -5]], dtype=torch.int32)  # of 8 pages; the last column is not used
+BAD_DECODE = {
+    "no query": (dict(q=bf16(2, 0, 4, 16)), ValueError, "seqlen_q=0 must be from 1 to 16"),
+    "17 queries": (dict(q=bf16(2, 17, 4, 16)), ValueError, "seqlen_q=17 must be from 1 to 16.*attention for many"),
+    "q of rank 3": (dict(q=bf16(2, 4, 16)), ValueError, r"q has shape \(2, 4, 16\).*4 dimensions.*\(batch, capacity"),
+    "k_cache no tensor": (dict(k_cache=3), TypeError, "k_cache is a int"),
+    "v_cache of another dtype": (dict(v_cache=V.half()), ValueError, "v_cache has dtype torch.float16, q has"),
+    "caches of different lengths": (dict(v_cache=bf16(2, 31, 2, 16)), ValueError, "k_cache has shape.*v_cache has"),
+    "batches differ": (dict(q=bf16(3, 1, 4, 16), seqused_k=int32(1, 2, 3)), ValueError, "batch 3, k_cache and v_cache"),
+    "heads do not divide": (dict(q=bf16(2, 3, 3, 16)), ValueError, "heads_q=3 .* heads_kv=2"),
+    "head dims of q and k": (dict(k_cache=bf16(2, 30, 2, 24)), ValueError, "q has head_dim 16, k_cache has 24"),
+    "a cache's strides": (dict(k_cache=bf16(2, 30, 2, 20)[..., :16]), ValueError, "k_cache has strides .*multiples of"),
+    "a cache's address": (dict(v_cache=misaligned(2, 30, 2, 16)), ValueError, "v_cache starts at .*16-byte aligned"),
+    "no lengths": (dict(seqused_k=None), TypeError, "seqused_k is a NoneType"),
+    "lengths a list": (dict(seqused_k=[25, 30]), TypeError, "seqused_k is a list"),
+    "lengths int64": (dict(seqused_k=int32(25, 30).long()), ValueError, "seqused_k has dtype torch.int64.*int32"),
+    "lengths of a wrong shape": (dict(seqused_k=int32(1, 2, 3)), ValueError, r"seqused_k has shape \(3,\).*\(2,\)"),
+    "lengths on another device": (dict(seqused_k=int32(1, 2).to("meta")), ValueError, "seqused_k is on meta"),
+    "lengths with gaps": (dict(seqused_k=int32(1, 0, 2, 0)[::2]), ValueError, r"seqused_k has strides \(2,\).*1"),
+    "longer than the capacity": (dict(seqused_k=int32(25, 31)), ValueError, r"seqused_k\[1\]=31 .*\[0, 30\]"),
+    "a negative length": (dict(seqused_k=int32(-1, 3)), ValueError, r"seqused_k\[0\]=-1 .*\[0, 30\]"),
+    "page table no tensor": (dict(page_table=[[0]]), TypeError, "page_table is a list"),
+    "page table int64": (dict(page_table=TABLE.long()), ValueError, "page_table has dtype torch.int64.*int32"),
+    "page table of rank 1": (dict(page_table=TABLE[0]), ValueError, r"page_table has shape \(3,\).*\(batch, pages\)"),
+    "page table of another batch": (dict(page_table=TABLE[:1]), ValueError, r"page_table has shape \(1, 3\).*batch=2"),
+    "page table on another device": (dict(page_table=TABLE.to("meta")), ValueError, "page_table is on meta"),
+    "page table transposed": (dict(page_table=TABLE.T.contiguous().T), ValueError, "page_table has strides"),
+    "pages of 48": (
+        dict(page_table=TABLE, k_cache=bf16(8, 48, 2, 16), v_cache=bf16(8, 48, 2, 16)), NotImplementedError,
+        "pages of 48 tokens; supported are 16, 32, 64, 128, 256",
+    ),
+    "a page that does not exist": (
+        dict(page_table=TABLE, seqused_k=int32(33, 3)), ValueError, r"page_table\[0, 2\]=9, .* 8 pages",
+    ),
+    "a negative page": (
+        dict(page_table=TABLE, seqused_k=int32(3, 40)), ValueError, r"page_table\[1, 2\]=-5, .* 8 pages",
+    ),
+    "longer than the table": (dict(page_table=TABLE, seqused_k=int32(3, 49)), ValueError, r"=49 .*\[0, 48\]"),
+    "no split": (dict(num_splits=0), ValueError, "num_splits=0 must be a positive integer, or None"),
+    "splits a fraction": (dict(num_splits=2.0), ValueError, "num_splits=2.0 must be a positive integer"),
+    "splits a bool": (dict(num_splits=True), ValueError, "num_splits=True must be a positive integer"),
+    "maxima shared without a threshold": (dict(share_max=True), ValueError, "share_max=True needs a threshold"),
+    "lambda above 1": (dict(threshold=1.5), ValueError, r"threshold=1.5 must be in \(0, 1\]"),
+    "lambda of a wrong shape": (dict(threshold=torch.full((3,), 0.1)), ValueError, r"threshold .*shape \(3,\)"),
+    "scale 0": (dict(softmax_scale=0.0), ValueError, "softmax_scale=0.0 must be positive and finite"),
+    "softcap negative": (dict(softcap=-1.0), ValueError, "softcap=-1.0 must be finite"),
+    "window no pair": (dict(window_size=5), ValueError, "window_size=5 must be a pair"),
+    "q requires grad": (dict(q=tensors(seqlen_q=3)[0].requires_grad_()), NotImplementedError, "q requires grad"),
+    "out of a wrong shape": (dict(out=bf16(2, 3, 4, 8)), ValueError, r"out has shape .* must be \(2, 3, 4, 16\)"),
+    "out on a cache": (dict(k_cache=K, q=K[:, :3].repeat(1, 1, 2, 1), out=K.view(2, 15, 4, 16)[:, :3]), ValueError,
+                       "out .*memory of its own"),
+    "an unknown option": (dict(cu_seqlens_q=0.1), TypeError, "cu_seqlens_q"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, error, message", BAD_DECODE.values(), ids=BAD_DECODE.keys())
+def test_bad_decode_input_is_refused_by_name(changes, error, message):
+    with pytest.raises(error, match=message):
+        call_decode(**changes)
+
+
+def test_what_a_page_table_does_not_use_may_hold_anything():
+    call_decode(page_table=TABLE)
+    call_decode(page_table=TABLE.flip(1), seqused_k=int32(48, 48), window_size=(28, None))
+
+
+def test_more_splits_than_tiles_are_as_many_as_tiles():
+    torch.testing.assert_close(call_decode(num_splits=10**6), call_decode())
+
+
+def test_a_cache_may_be_larger_than_other_tensors():
+    """Only TMA reaches it, by coordinates. Its memory is never touched here: the sequences are empty."""
+    big = huge()
+    q = bf16(1, 1, 4, 128)
+    assert (cute_sparse.decode(q, big, big, seqused_k=int32(0)) == 0).all()
+
+
+def test_a_bad_length_or_page_is_found_also_when_the_same_shapes_were_checked_before():
+    lengths, table = int32(16, 32), TABLE.clone()
+    call_decode(seqused_k=lengths, page_table=table)
+    lengths[0] = 33
+    with pytest.raises(ValueError, match=r"page_table\[0, 2\]=9"):
+        call_decode(seqused_k=lengths, page_table=table)
+    table[0, 2] = 3
+    call_decode(seqused_k=lengths, page_table=table)
+    lengths[1] = 100
+    with pytest.raises(ValueError, match=r"seqused_k\[1\]=100"):
+        call_decode(seqused_k=lengths, page_table=table)
+
+
+def test_what_decode_returns():
+    assert isinstance(call_decode(), torch.Tensor)
+    got = call_decode(return_lse=True, return_stats=True, threshold=0.5)
+    assert got.out.shape == (2, 3, 4, 16) and got.lse.shape == (2, 4, 3) and got.lse.dtype == torch.float32
+    stats = got.stats
+    assert stats.tile_counts.shape == (2, 2, 2) and stats.tile_counts.dtype == torch.int32
+    assert stats.skip_map.shape == (2, 2, 1, -(-30 // stats.geometry.tile_n)) and stats.skip_map.dtype == torch.uint8
+    assert stats.v_bytes_not_read.shape == (2, 2)
+    out = bf16(2, 3, 4, 16)
+    assert call_decode(out=out) is out
+    torch.testing.assert_close(out, call_decode())
+
+
+def test_decode_is_causal_unless_told_otherwise():
+    torch.testing.assert_close(call_decode(), call_decode(window_size=(None, 0), causal=False))
+    assert not torch.allclose(call_decode(), call_decode(causal=False))
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import cute_sparse
 from cute_sparse import dispatch, reference
+from cute_sparse import inputs as checks
+from cute_sparse import threshold as thresholds
 from cute_sparse.problem import TileGeometry
-from tests.conftest import Runner
-from tests.decode_cases import CASES, DecodeCase, DecodeInputs, make_decode_inputs
+from tests.conftest import EMULATED_ARCHS, Runner, reason_to_skip
+from tests.decode_cases import CASES, PAGED, DecodeCase, DecodeInputs, make_decode_inputs
 from tests.test_attention import TANH_ERROR, check_lse, tanh_slack
 
 
@@ -151,16 +154,275 @@ def decoder(runner: Runner) -> Runner:
     return runner
 
 
-def skip_if_unsupported(runner: Runner, case: DecodeCase) -> None:
-    """What a kernel does not declare is refused by name, which other tests check; here it is shown as skipped."""
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_decode_equals_the_oracle_that_takes_its_decisions(decoder, name):
     case = CASES[name]
     inputs = make_decode_inputs(case, device=decoder.device)
+    results = []
     for order in decoder.orders:
         with decoder.in_order(order):
             got = call(case, inputs, return_lse=True, return_stats=True)
             splitting = splitting_of(case, inputs)
         check(case, inputs, got, splitting)
+        results.append(got)
+    if not case.share_max:
+        assert all(torch.equal(got.out, results[0].out) and torch.equal(got.lse, results[0].lse) for got in results), (
+            "the result depends on the order in which the device works"
+        )
+
+
+def run_checked(case: DecodeCase, inputs: DecodeInputs, decoder: Runner, **more) -> cute_sparse.AttentionOutput:
+    with decoder.in_order(decoder.orders[0]):
+        got = call(case, inputs, return_lse=True, return_stats=True, **more)
+        splitting = splitting_of(case, inputs)
+    check(case, inputs, got, splitting)
+    return got
+
+
+@pytest.mark.parametrize("name", ["paged", "skip, ragged"])
+def test_without_more_asked_only_the_output_is_returned_and_it_is_the_same(decoder, name):
+    case = CASES[name]
+    inputs = make_decode_inputs(case, device=decoder.device)
+    with decoder.in_order(decoder.orders[0]):
+        out = call(case, inputs)
+        more = call(case, inputs, return_lse=True, return_stats=True)
+    assert isinstance(out, torch.Tensor) and torch.equal(out, more.out)
+
+
+def test_out_is_honoured_and_nothing_around_it_is_written(decoder):
+    case = CASES["skip, ragged"]
+    inputs = make_decode_inputs(case, device=decoder.device)
+    room = torch.full((case.batch + 1, 3, 10, 144), 7.0, dtype=case.dtype, device=decoder.device)
+    view = room[1:, 1:2, 1:9, 8:136]
+    got = run_checked(case, inputs, decoder, out=view)
+    assert got.out.data_ptr() == view.data_ptr()
+    view.fill_(7.0)
+    assert (room == 7.0).all()
+
+
+@pytest.mark.parametrize("layout", ["heads outside tokens", "K and V in one tensor"])
+def test_strided_caches(decoder, layout):
+    """As serving engines keep them: pages of heads of tokens, or K beside V in each page."""
+    case = CASES["skip, ragged"]
+    inputs = make_decode_inputs(case, device=decoder.device)
+    if layout == "heads outside tokens":
+        k, v = (cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (inputs.k_cache, inputs.v_cache))
+    else:
+        k, v = torch.stack([inputs.k_cache, inputs.v_cache], dim=1).unbind(dim=1)
+    projected = torch.full((case.batch, case.seqlen_q, case.heads_q + 2, case.head_dim + 16), math.nan).to(inputs.q)
+    projected[:, :, 1:-1, 8:-8] = inputs.q
+    wide_table = torch.full((case.batch, inputs.page_table.shape[1] + 5), -7, dtype=torch.int32).to(inputs.page_table)
+    wide_table[:, :-5] = inputs.page_table
+    strided = replace(
+        inputs, q=projected[:, :, 1:-1, 8:-8], k_cache=k, v_cache=v, page_table=wide_table[:, :-5]
+    )  # fmt: skip
+    assert not any(x.is_contiguous() for x in (strided.q, k, v, strided.page_table))
+    run_checked(case, strided, decoder)
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_propagate_as_in_torch(decoder, where, value):
+    case = replace(CASES["three splits"], lengths=(257, 70))
+    inputs = make_decode_inputs(case, device=decoder.device)
+    if where == "q":
+        inputs.q[0, 0, 2, 5] = value
+    else:
+        cache = inputs.k_cache if where == "k" else inputs.v_cache
+        cache[inputs.page_table[0, 1], 9, 0, 5] = value
+    with decoder.in_order(decoder.orders[0]):
+        out = call(case, inputs).cpu()
+    for index, length in enumerate(case.lengths):
+        k, v = (
+            reference.cached_tokens(cache.cpu(), inputs.page_table[index].cpu(), index, slice(0, length))
+            for cache in (inputs.k_cache, inputs.v_cache)
+        )
+        q = inputs.q[index].cpu().double().transpose(0, 1)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q, k.double(), v.double(), scale=case.scale, enable_gqa=True
+        ).transpose(0, 1)
+        assert torch.equal(out[index].isnan(), expected.isnan())
+        assert torch.equal(out[index].isinf(), expected.isinf())
+        finite = expected.isfinite()
+        torch.testing.assert_close(out[index][finite].double(), expected[finite], rtol=2.0**-6, atol=2.0**-6)
+
+
+def test_a_nan_score_never_skips(decoder):
+    """From the tile with the NaN on, to the end of its split."""
+    case = CASES["skip, one split"]
+    inputs = make_decode_inputs(case, device=decoder.device)
+    inputs.q[0, 0, 1, 0] = math.nan
+    with decoder.in_order(decoder.orders[0]):
+        clean = call(case, make_decode_inputs(case, device=decoder.device), return_stats=True)
+        got = call(case, inputs, return_stats=True)
+    assert (clean.stats.skip_map == reference.SKIPPED).any()
+    assert not (got.stats.skip_map == reference.SKIPPED).any()
+    assert got.out[0, 0, 1].isnan().all() and got.out.isnan().sum() == case.head_dim_v
+
+
+def test_lengths_page_table_and_threshold_are_read_at_each_call(decoder):
+    """The same tensors with other values: what a CUDA graph's replay relies on."""
+    case = CASES["skip, lambda per head"]
+    inputs = make_decode_inputs(case, device=decoder.device)
+    run_checked(case, inputs, decoder)
+    pages = inputs.k_cache.shape[0]
+    for cache in (inputs.k_cache, inputs.v_cache):
+        cache.copy_(cache.roll(1, dims=0))
+    used = (inputs.page_table >= 0) & (inputs.page_table < pages)
+    inputs.page_table.copy_(torch.where(used, (inputs.page_table + 1) % pages, inputs.page_table))
+    inputs.seqused_k.copy_(torch.tensor([470, 1]))
+    inputs.threshold.copy_(inputs.threshold.flip(0))
+    run_checked(replace(case, lengths=(470, 1)), inputs, decoder)
+
+
+def test_thresholds_that_nobody_checked_are_safe(decoder, monkeypatch):
+    """On a GPU the values are not read: above 1 counts as 1, which keeps new maxima; NaN and below 0 skip nothing."""
+    if decoder.arch is None:
+        pytest.skip("the reference checks every value")
+    monkeypatch.setattr(thresholds, "check_values", lambda tensor: None)
+    case = replace(CASES["skip, lambda per head"], heads_q=4, heads_kv=4)
+    inputs = make_decode_inputs(case, device=decoder.device)
+    with decoder.in_order(decoder.orders[0]):
+        inputs.threshold.copy_(torch.tensor([1.0, 1.0, 1.0, 1.0]))
+        ones = call(case, inputs, return_stats=True).stats
+        inputs.threshold.copy_(torch.tensor([2.0, math.inf, math.nan, -0.5]))
+        odd = call(case, inputs, return_stats=True).stats
+    assert torch.equal(odd.skip_map[:, :2], ones.skip_map[:, :2])
+    kept, visited = odd.tile_counts
+    assert torch.equal(kept[:, 2:], visited[:, 2:])
+    assert (ones.tile_counts[0] < ones.tile_counts[1]).all()
+
+
+@pytest.mark.parametrize("num_splits", [None, 2])
+def test_lengths_and_pages_that_nobody_checked_are_safe(decoder, monkeypatch, num_splits):
+    """On a GPU they are not read: a length counts as at least 0 and at most the capacity, a page that does not exist
+    as zeros."""
+    if decoder.arch is None:
+        pytest.skip("the reference checks every value")
+    case = replace(PAGED, lengths=(300, 256, 0), num_splits=num_splits)
+    inputs = make_decode_inputs(case, device=decoder.device)
+    pages = inputs.k_cache.shape[0]
+    bad_table = inputs.page_table.clone()
+    bad_table[0, 2], bad_table[1, 1] = pages, 2**31 - 1
+    bad_table[1, 4:] = pages + 5  # the capacity, of six pages, is more than the tokens that there are
+    zeroed = replace(
+        inputs, k_cache=torch.cat([inputs.k_cache, inputs.k_cache[:1] * 0]).nan_to_num(0.0),
+        v_cache=torch.cat([inputs.v_cache, inputs.v_cache[:1] * 0]).nan_to_num(0.0),
+        seqused_k=torch.tensor([300, 384, 0], dtype=torch.int32, device=decoder.device),
+        page_table=torch.where((bad_table < 0) | (bad_table >= pages), pages, bad_table),
+    )  # fmt: skip
+    with decoder.in_order(decoder.orders[0]):
+        expected = call(case, zeroed, return_lse=True)
+        monkeypatch.setattr(checks, "check_decode_values", lambda *given: None)
+        wrong = replace(
+            inputs, page_table=bad_table,
+            seqused_k=torch.tensor([300, 10**6, -5], dtype=torch.int32, device=decoder.device),
+        )  # fmt: skip
+        got = call(case, wrong, return_lse=True)
+    assert torch.equal(got.out, expected.out) and torch.equal(got.lse, expected.lse)
+
+
+def test_splits_that_share_their_maxima_skip_more(decoder):
+    """With the splits one after the other (one SM), each knows the maxima of all before it."""
+    case = CASES["shared maxima, many splits"]
+    inputs = make_decode_inputs(case, device=decoder.device)
+    skipped = {}
+    for share_max in (False, True):
+        now = replace(case, share_max=share_max)
+        with decoder.in_order(decoder.orders[0], **(dict(sms=1) if decoder.name.startswith("emulated") else {})):
+            got = call(now, inputs, return_lse=True, return_stats=True)
+            splitting = splitting_of(now, inputs)
+        check(now, inputs, got, splitting)
+        skipped[share_max] = int((got.stats.skip_map == reference.SKIPPED).sum())
+    if decoder.name == "gpu":
+        assert skipped[False] <= skipped[True]  # who hears of what depends on time
+    else:
+        assert skipped[False] < skipped[True]
+
+
+# ---- What the emulator alone can tell ----
+
+
+@pytest.fixture(params=EMULATED_ARCHS)
+def arch(request: pytest.FixtureRequest) -> str:
+    if not dispatch.has_kernel("decode", request.param):
+        pytest.skip(f"no decode kernel for {request.param} yet")
+    return request.param
+
+
+COUNTED = ("paged", "skip, ragged", "skip, several blocks of rows", "skip, pages of 16", "pages of 256, window",
+           "contiguous, skip", "contiguous, head dim 192 and 128", "shared maxima, many splits")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_k_is_loaded_of_every_tile_visited_and_v_of_every_tile_kept_and_nothing_else(arch, name):
+    case = CASES[name]
+    inputs = make_decode_inputs(case)
+    with cute_sparse.emulated(arch) as device:
+        got = call(case, inputs, return_lse=True, return_stats=True)
+        (launch,) = device.launches
+    kept, visited = got.stats.tile_counts.sum(dim=(1, 2)).tolist()
+    keys_bytes = got.stats.geometry.tile_n * 2
+    expected = keys_bytes * (visited * case.head_dim + kept * case.head_dim_v)
+    assert launch.counts.tma_bytes_loaded == expected
+    assert got.stats.v_bytes_not_read.sum() == (visited - kept) * keys_bytes * case.head_dim_v
+
+
+@pytest.mark.parametrize("name", ["paged", "contiguous, skip, window"])
+def test_at_nothing_skipped_the_loads_and_matrix_instructions_are_those_of_the_dense_kernel(arch, name):
+    case = replace(CASES[name], threshold=None)
+    inputs = make_decode_inputs(case)
+    counts = {}
+    for threshold in (None, 1e-30):
+        with cute_sparse.emulated(arch) as device:
+            call(case, replace(inputs, threshold=threshold))
+            counts[threshold] = device.launches[0].counts
+    assert counts[None].tma_bytes_loaded == counts[1e-30].tma_bytes_loaded
+    assert counts[None].mma_instructions == counts[1e-30].mma_instructions
+    assert counts[None].exponentials <= counts[1e-30].exponentials
+
+
+@pytest.mark.parametrize("share_max", [False, True])
+def test_a_launch_leaves_the_counters_between_ctas_zero(arch, share_max):
+    """The next launch on the stream starts from them, and nobody zeroes them in between."""
+    case = replace(CASES["skip, ragged"], share_max=share_max, num_splits=3)
+    inputs = make_decode_inputs(case)
+    with cute_sparse.emulated(arch, sms=3):
+        first = call(case, inputs)
+        (counters,) = dispatch._emulation._memory.of_stream.values()
+        assert (counters == 0).all()
+        second = call(case, inputs)
+    assert share_max or torch.equal(first, second)
+
+
+@pytest.mark.parametrize("sms", [1, 2, 7, 64])
+def test_any_number_of_sms_gives_the_oracle_s_result(arch, sms):
+    case = CASES["skip, ragged"]
+    case = replace(case, num_splits=None, lengths=(0, 700, 1, 450, 64, 1300))
+    inputs = make_decode_inputs(case)
+    with cute_sparse.emulated(arch, sms=sms, order="random", seed=2):
+        got = call(case, inputs, return_lse=True, return_stats=True)
+        splitting = splitting_of(case, inputs)
+    assert splitting["ctas"] == sms
+    check(case, inputs, got, splitting)
+
+
+# ---- What a GPU alone can tell ----
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_takes_new_lengths_pages_and_thresholds_at_each_replay():
+    reason = reason_to_skip("gpu")
+    if reason is not None:
+        pytest.skip(reason)
+    case = replace(CASES["skip, lambda per head"], num_splits=None)
+    inputs = make_decode_inputs(case, device="cuda")
+    call(case, inputs)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(case, inputs)
+    for lengths, factor in ((case.lengths, 1.0), ((470, 1), 0.1), ((0, 500), 1.0)):
+        inputs.seqused_k.copy_(torch.tensor(lengths))
+        inputs.threshold.mul_(factor)
+        graph.replay()
+        torch.testing.assert_close(captured, call(case, inputs), rtol=0, atol=0)
