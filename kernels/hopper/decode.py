@@ -130,6 +130,7 @@ class Scorer(NamedTuple):
     band: Band
     softmax: OnlineSoftmax
     threshold_raw: Any  # per row; None in a dense kernel
+    codes: Any  # (rows,) uint32, of the maxima that others have published; None unless they do
     has_rows: Any  # whether some row of the warp exists
 
 
@@ -526,7 +527,8 @@ class HopperDecode:
         softmax.begin(threshold_raw, [row < rows.count for row in in_block])
         band = operands.plan.band(segment.batch_idx)
         has_rows = self._first_row_of_warp(thread) < rows.count
-        return Scorer(operands, shared, thread, segment, rows, band, softmax, threshold_raw, has_rows)
+        codes = cute.make_rmem_tensor(wgmma.ROWS_PER_THREAD, Uint32) if self.problem.share_max else None
+        return Scorer(operands, shared, thread, segment, rows, band, softmax, threshold_raw, codes, has_rows)
 
     def _rows(self, operands: KernelOperands, segment: Segment) -> PackedRows:
         return PackedRows.of(segment, operands.seqlen_q, operands.group, WARPGROUP_ROWS)
@@ -547,7 +549,7 @@ class HopperDecode:
         last = segment.tile - segment.begin
         tiles = segment.end - segment.begin
         kept = Int32(0)
-        codes = self._published(scorer)
+        self._read_published(scorer)
         shared.k_ring.wait(k)
         wgmma.issue(qk, scores, tSrQ, tSrK[None, None, None, k.index], False)
         warpgroup.wait_group(0)
@@ -557,21 +559,21 @@ class HopperDecode:
             shared.k_ring.wait(k)
             following = self._accumulator(qk)
             wgmma.issue(qk, following, tSrQ, tSrK[None, None, None, k.index], False)
-            keeps, p, decision = self._tile(scorer, scores, last - i, i == 0, codes, p, decision)
+            keeps, p, decision = self._tile(scorer, scores, last - i, i == 0, p, decision)
             kept += Int32(keeps)
-            codes = self._published(scorer)
+            self._read_published(scorer)
             warpgroup.wait_group(0)
             # A copy, because a loop cannot carry registers that an MMA is still writing.
             scores.store(following.load())
         shared.k_ring.release(k)
-        keeps, p, decision = self._tile(scorer, scores, last - (tiles - 1), tiles == 1, codes, p, decision)
+        keeps, p, decision = self._tile(scorer, scores, last - (tiles - 1), tiles == 1, p, decision)
         return shared.k_ring.advanced(k), p, decision, kept + Int32(keeps)
 
     def _accumulator(self, qk: cute.TiledMma) -> cute.Tensor:
         return cute.make_rmem_tensor(qk.partition_shape_C((WARPGROUP_ROWS, self.tile_n)), Float32)
 
     @cute.jit
-    def _tile(self, scorer: Scorer, acc_S: cute.Tensor, n_block, is_first, codes, p: Cursor, decision: Cursor):
+    def _tile(self, scorer: Scorer, acc_S: cute.Tensor, n_block, is_first, p: Cursor, decision: Cursor):
         """From S to the decision, and for a kept tile to P. Returns whether it is kept."""
         operands, shared, softmax = scorer.operands, scorer.shared, scorer.softmax
         scores = wgmma.by_rows(acc_S)
@@ -583,7 +585,7 @@ class HopperDecode:
             for row, value in enumerate(softmax.thread_max(scores)):
                 maxima[row] = value
             if const_expr(self.sparse):
-                wants = self._wants(scorer, maxima, n_block, is_first, codes)
+                wants = self._wants(scorer, maxima, n_block, is_first)
         keeps = Boolean(True)
         if const_expr(self.sparse):
             keeps = wgmma.any_of_warpgroup(wants, int(NamedBarrier.VOTE))
@@ -595,13 +597,13 @@ class HopperDecode:
             shared.p_ring.acquire(p)
             moved = Boolean(False)
             if scorer.has_rows:
-                moved = self._probabilities(scorer, acc_S, maxima, codes, p)
+                moved = self._probabilities(scorer, acc_S, maxima, p)
             self._publish_tile(scorer, p, 2 * n_block + Int32(moved))
             p = shared.p_ring.advanced(p)
         return keeps, p, decision
 
     @cute.jit
-    def _probabilities(self, scorer: Scorer, acc_S: cute.Tensor, maxima: cute.Tensor, codes, p: Cursor):
+    def _probabilities(self, scorer: Scorer, acc_S: cute.Tensor, maxima: cute.Tensor, p: Cursor):
         """P of a warp's rows to shared memory, and the factors for O if a reference moved; returns whether one did."""
         shared, softmax = scorer.shared, scorer.softmax
         thread_max = [maxima[row] for row in range(wgmma.ROWS_PER_THREAD)]
@@ -613,7 +615,7 @@ class HopperDecode:
         wgmma.store_accumulator(self.dtype, rounded, shared.sP[None, None, p.index], scorer.thread)
         cute.arch.fence_view_async_shared()
         if const_expr(scorer.operands.results.shared_max is not None):
-            self._publish_max(scorer, codes)
+            self._publish_max(scorer)
         return moved
 
     @cute.jit
@@ -679,12 +681,12 @@ class HopperDecode:
             scorer.band.hide(scores[i, None], columns, scorer.rows.query(row), first_column)
 
     @cute.jit
-    def _wants(self, scorer: Scorer, maxima: cute.Tensor, n_block, is_first, codes):
+    def _wants(self, scorer: Scorer, maxima: cute.Tensor, n_block, is_first):
         """Whether this thread keeps the tile; the first of a split is kept unless others have published a maximum."""
         softmax = scorer.softmax
         force = is_first
         if const_expr(scorer.operands.results.shared_max is not None):
-            force = self._see_published(scorer, is_first, codes)
+            force = self._see_published(scorer, is_first)
         thread_max = [maxima[row] for row in range(wgmma.ROWS_PER_THREAD)]
         return force | softmax.wants(thread_max, self._sees_key(scorer, n_block))
 
@@ -699,23 +701,20 @@ class HopperDecode:
     # ---- maxima that splits share
 
     @cute.jit
-    def _published(self, scorer: Scorer):
-        """Codes of what the splits of this item have published for the thread's rows, so far or a little earlier."""
-        shared_max, segment = scorer.operands.results.shared_max, scorer.segment
-        codes = None
+    def _read_published(self, scorer: Scorer):
+        """What the splits of this item have published for the thread's rows, so far or a little earlier."""
+        shared_max, segment, codes = scorer.operands.results.shared_max, scorer.segment, scorer.codes
         if const_expr(shared_max is not None):
-            codes = cute.make_rmem_tensor(wgmma.ROWS_PER_THREAD, Uint32)
-            codes.fill(0)
             rows = self._rows_of(scorer.thread)
             for i in cutlass.range_constexpr(wgmma.ROWS_PER_THREAD):
+                codes[i] = Uint32(0)
                 if rows[i] < scorer.rows.count and segment.splits > 1:
                     codes[i] = shared_max.code(segment.item, rows[i])
-        return codes
 
     @cute.jit
-    def _see_published(self, scorer: Scorer, is_first, codes):
+    def _see_published(self, scorer: Scorer, is_first):
         """Test against published maxima, too. Returns whether a split's first tile is to be kept: without any."""
-        softmax, shared_max = scorer.softmax, scorer.operands.results.shared_max
+        softmax, shared_max, codes = scorer.softmax, scorer.operands.results.shared_max, scorer.codes
         rows = self._rows_of(scorer.thread)
         force = Boolean(False)
         for i in cutlass.range_constexpr(wgmma.ROWS_PER_THREAD):
@@ -725,10 +724,10 @@ class HopperDecode:
         return force
 
     @cute.jit
-    def _publish_max(self, scorer: Scorer, codes):
+    def _publish_max(self, scorer: Scorer):
         """One thread of the four that share a row publishes its maximum, if that is larger than what was."""
-        softmax, shared_max, segment = scorer.softmax, scorer.operands.results.shared_max, scorer.segment
-        rows = self._rows_of(scorer.thread)
+        softmax, shared_max = scorer.softmax, scorer.operands.results.shared_max
+        segment, codes, rows = scorer.segment, scorer.codes, self._rows_of(scorer.thread)
         if segment.splits > 1 and scorer.thread % wgmma.THREADS_PER_ROW == 0:
             for i in cutlass.range_constexpr(wgmma.ROWS_PER_THREAD):
                 news = (codes[i] == 0) | ~(softmax.row_max[i] <= shared_max.value(codes[i]))
