@@ -21,7 +21,7 @@ import torch
 import cute_sparse
 from cute_sparse import compiled, dispatch
 from cute_sparse.launch import Launcher, LaunchError
-from cute_sparse.operands import PREFILL
+from cute_sparse.operands import DECODE, PREFILL
 from cute_sparse.problem import Problem, TileGeometry, UnsupportedProblem, check_supported, required
 
 C_TYPES = {"pointer": ctypes.c_uint64, "int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
@@ -30,19 +30,20 @@ C_TYPES = {"pointer": ctypes.c_uint64, "int32": ctypes.c_int32, "int64": ctypes.
 class FakeCompiled:
     """Stands for what the DSL compiles: a C function of `void** args`, here one that notes what it is given."""
 
-    def __init__(self, result: int = 0) -> None:
+    def __init__(self, result: int = 0, operands=PREFILL) -> None:
         self.calls: list[dict] = []
         self.result = result
+        self.operands = operands
         self.capi_func = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(self._entry)
 
     def to(self, device):
         return self
 
     def _entry(self, arguments) -> int:
-        count = len(PREFILL) + 2
+        count = len(self.operands) + 2
         addresses = (ctypes.c_uint64 * count).from_address(arguments)
         values = {}
-        for operand, address in zip(PREFILL, addresses, strict=False):
+        for operand, address in zip(self.operands, addresses, strict=False):
             kind = C_TYPES[operand.type]
             assert address % ctypes.sizeof(kind) == 0, "the generated code loads aligned values"
             values[operand.name] = kind.from_address(address).value
@@ -85,6 +86,19 @@ def kernel(monkeypatch) -> FakeCompiled:
     monkeypatch.setattr(dispatch, "_plans", {})
     monkeypatch.setattr(dispatch, "_target", lambda device: target)
     made = dispatch.Kernel(SimpleNamespace(geometry=GEOMETRY), launcher)
+    monkeypatch.setattr(dispatch, "compiled_kernel", lambda problem, target: made)
+    return fake
+
+
+@pytest.fixture
+def decode_kernel(monkeypatch) -> FakeCompiled:
+    """As `kernel`, for decode."""
+    fake = FakeCompiled(operands=DECODE)
+    target = FakeTarget()
+    config = SimpleNamespace(geometry=TileGeometry(64, 64, 96), min_tiles=3)
+    made = dispatch.Kernel(config, Launcher(fake, DECODE))
+    monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(dispatch, "_target", lambda device: target)
     monkeypatch.setattr(dispatch, "compiled_kernel", lambda problem, target: made)
     return fake
 
@@ -199,6 +213,108 @@ def test_nothing_is_launched_where_there_is_no_key(kernel):
     got = cute_sparse.attention(out + 1, bf16(2, 0, 2, 64), bf16(2, 0, 2, 64), out=out, return_lse=True)
     assert (out == 0).all() and (got.lse == -torch.inf).all()
     assert kernel.calls == []
+
+
+# ---- Operands of decode ----
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_every_decode_operand_arrives_as_itself(decode_kernel, monkeypatch):
+    allocated = []
+    real = torch.Tensor.new_empty
+
+    def new_empty(self, *given, **more):
+        allocated.append(real(self, *given, **more))
+        return allocated[-1]
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    q, k, v = bf16(2, 9, 48, 64), bf16(20, 32, 3, 64), bf16(20, 32, 3, 32)
+    lengths, table = int32(100, 120), torch.zeros((2, 7), dtype=torch.int32)[:, :4]
+    got = cute_sparse.decode(
+        q, k, v, seqused_k=lengths, page_table=table, window_size=(50, None), softcap=5.0, softmax_scale=0.3,
+        threshold=0.25, num_splits=7, share_max=True, return_lse=True, return_stats=True,
+    )  # fmt: skip
+    (values,) = decode_kernel.calls
+    scale = struct.unpack("f", struct.pack("f", 0.3))[0]
+    zeroed = dispatch._target(q.device).memory.data_ptr()
+    items, slot_rows = 2 * 3 * 3, 64  # 9 queries of 16 heads are 144 rows: 3 blocks
+    partials = allocated[-1]
+    assert values == {
+        "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "out": got.out.data_ptr(), "lse": got.lse.data_ptr(),
+        "threshold": 0, "seqused_k": lengths.data_ptr(), "page_table": table.data_ptr(),
+        "tile_counts": got.stats.tile_counts.data_ptr(), "skip_map": got.stats.skip_map.data_ptr(),
+        "partials": partials.data_ptr(), "arrivals": zeroed, "shared_max": zeroed + 128,
+        "batch": 2, "heads_q": 48, "heads_kv": 3, "seqlen_q": 9, "capacity": 128, "blocks": 20, "page_table_stride": 7,
+        "window_left": 50, "window_right": 0, "threshold_stride_batch": 0, "threshold_stride_head": 0,
+        "map_rows": 3, "map_cols": 2, "partial_slots": items * 2, "slot_rows": slot_rows,
+        "num_splits": 2, "ctas": 5,  # no more splits than tiles
+        "q_stride_batch": 9 * 48 * 64, "q_stride_seq": 48 * 64, "q_stride_head": 64,
+        "k_stride_block": 32 * 3 * 64, "k_stride_seq": 3 * 64, "k_stride_head": 64,
+        "v_stride_block": 32 * 3 * 32, "v_stride_seq": 3 * 32, "v_stride_head": 32,
+        "out_stride_batch": 9 * 48 * 32, "out_stride_seq": 48 * 32, "out_stride_head": 32,
+        "softmax_scale": scale, "softcap": 5.0, "threshold_log2": -2.0, "stream": 77,
+    }  # fmt: skip
+    assert partials.dtype == torch.float32 and partials.numel() == items * 2 * slot_rows * (32 + 2)
+    assert got.stats.skip_map.shape == (2, 3, 3, 2) and got.stats.tile_counts.shape == (2, 2, 3)
+    assert (got.stats.skip_map == 0).all() and (got.stats.tile_counts == 0).all(), "the kernel adds to zeros"
+    assert got.stats.v_tile_bytes == 96 * 32 * 2
+
+
+def test_decode_operands_that_are_not_asked_for(decode_kernel):
+    q, k = bf16(2, 1, 8, 64), bf16(2, 200, 2, 64)
+    lengths = int32(100, 120)
+    cute_sparse.decode(q, k, k, seqused_k=lengths)
+    (values,) = decode_kernel.calls
+    absent = ("lse", "threshold", "page_table", "tile_counts", "skip_map", "shared_max", "page_table_stride")
+    assert [values[name] for name in absent] == [0] * len(absent)
+    expected = dict(capacity=200, blocks=2, num_splits=0, partial_slots=10, slot_rows=4, map_rows=1, map_cols=3)
+    assert {name: values[name] for name in expected} == expected
+
+
+def test_decode_zeroes_as_much_as_the_ctas_coordinate_through(decode_kernel, monkeypatch):
+    """arrivals for each item, and behind a whole line of them the maxima of each of its rows."""
+    sizes = []
+    monkeypatch.setattr(FakeTarget, "zeroed", lambda self, stream, size: sizes.append(size) or self.memory)
+    q, k = bf16(40, 3, 8, 64), bf16(40, 200, 2, 64)
+    lengths = int32(*[100] * 40)
+    cute_sparse.decode(q, k, k, seqused_k=lengths)
+    cute_sparse.decode(q, k, k, seqused_k=lengths, threshold=0.1, share_max=True)
+    assert sizes == [80 * 4, 384 + 80 * 12 * 4]
+
+
+def test_nothing_is_decoded_where_there_is_nothing_to_write_or_read(decode_kernel):
+    got = cute_sparse.decode(bf16(0, 1, 2, 64), bf16(0, 9, 2, 64), bf16(0, 9, 2, 64), seqused_k=int32())
+    assert got.shape == (0, 1, 2, 64)
+    table = torch.zeros((2, 0), dtype=torch.int32)
+    no_pages = bf16(0, 16, 2, 64)
+    for cache, more in ((bf16(2, 0, 2, 64), {}), (no_pages, dict(page_table=table))):
+        out = bf16(2, 1, 2, 64) + 7
+        got = cute_sparse.decode(
+            out + 1, cache, cache, seqused_k=int32(0, 0), out=out, return_lse=True, return_stats=True, **more
+        )
+        assert (out == 0).all() and (got.lse == -torch.inf).all() and got.stats.skip_map.shape == (2, 2, 1, 0)
+    assert decode_kernel.calls == []
+
+
+def test_a_warm_decode_call_costs_the_host_little(decode_kernel, monkeypatch):
+    """As for prefill: 15 us is the goal, the bound is loose."""
+    launcher = Launcher(FakeCompiled(operands=DECODE), DECODE)
+    launcher._entry = ctypes.CDLL(None).getpid
+    config = SimpleNamespace(geometry=TileGeometry(64, 64, 96), min_tiles=3)
+    monkeypatch.setattr(dispatch, "compiled_kernel", lambda problem, target: dispatch.Kernel(config, launcher))
+    monkeypatch.setattr(dispatch.inputs, "check_decode_values", lambda *given: None)  # of a GPU's tensors none are read
+    q, k, out, threshold = bf16(4, 1, 8, 128), bf16(16, 64, 2, 128), bf16(4, 1, 8, 128), 0.01
+    table, lengths = torch.zeros((4, 4), dtype=torch.int32), int32(100, 120, 3, 40)
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            cute_sparse.decode(q, k, k, seqused_k=lengths, page_table=table, threshold=threshold, out=out)
+        best = min(best, (time.perf_counter() - start) / 100)
+    assert best < 45e-6, f"{best * 1e6:.1f} us"
 
 
 # ---- Launcher ----
@@ -330,19 +446,27 @@ def test_a_call_that_an_architecture_lacks_is_refused_and_never_computed_otherwi
         cute_sparse.attention(q, q, q, threshold=0.1)
 
 
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
 @pytest.mark.parametrize("arch", dispatch.ROOM_OF_ARCH)
-def test_every_declared_head_dim_and_the_rest_has_a_config(arch):
+def test_every_declared_head_dim_and_the_rest_has_a_config(arch, kind):
     """SUPPORTS is no wish: choose() finds a config for whatever it declares."""
     pytest.importorskip("cutlass")
-    supports = cute_sparse.support_matrix()[arch]
+    supports = cute_sparse.support_matrix(kind)[arch]
     head_dims = [name.partition(":")[2].split("/") for name in supports if name.startswith("head_dim:")]
     assert head_dims
     for pair in head_dims:
         for sparsity in (None, "threshold"):
-            problem = Problem("prefill", "bfloat16", int(pair[0]), int(pair[-1]), "causal", sparsity=sparsity)
+            problem = Problem(kind, "bfloat16", int(pair[0]), int(pair[-1]), "causal", sparsity=sparsity)
             config, _ = dispatch._chosen_kernel(problem, arch)
             assert config.geometry.tile_rows in (64, 128)
             hash((problem, config))
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_an_architecture_without_a_kernel_is_refused_by_name(monkeypatch, kind):
+    monkeypatch.setattr(dispatch, "_kernel_module", lambda kind, arch: object() if arch == "sm_90a" else None)
+    with pytest.raises(UnsupportedProblem, match=f"no {kind} kernel for sm_100a; there is one for sm_90a"):
+        dispatch._chosen_kernel(Problem(kind, "bfloat16", 64, 64), "sm_100a")
 
 
 # ---- Devices ----
@@ -360,6 +484,37 @@ def test_warmup_says_what_is_wrong(monkeypatch):
         cute_sparse.warmup(dtype=torch.float32)
     with pytest.raises(ValueError, match="reference"):
         cute_sparse.warmup(device="cpu")
+    with pytest.raises(ValueError, match="kind='backward' must be one of prefill, decode"):
+        cute_sparse.warmup(kind="backward")
+    with pytest.raises(ValueError, match="varlen is for attention_varlen"):
+        cute_sparse.warmup(kind="decode", varlen=True)
+    with pytest.raises(ValueError, match="page_size=16.* for decode, not for prefill"):
+        cute_sparse.warmup(page_size=16)
+
+
+def test_warmup_compiles_what_the_call_will_ask_for(monkeypatch):
+    """The default mask of each kind of call included."""
+    asked = []
+    target = FakeTarget()
+    monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(dispatch, "_target", lambda device: target)
+    config = SimpleNamespace(geometry=TileGeometry(64, 64, 96), min_tiles=3)
+
+    def note(problem, target):
+        asked.append(problem)
+        operands = dispatch.OPERANDS[problem.kind]
+        return dispatch.Kernel(config, Launcher(FakeCompiled(operands=operands), operands))
+
+    monkeypatch.setattr(dispatch, "compiled_kernel", note)
+    q, k, lengths = bf16(1, 1, 2, 64), bf16(1, 16, 2, 64), int32(9)
+    table = torch.zeros((1, 1), dtype=torch.int32)
+    cute_sparse.warmup(kind="decode", head_dim=64, device="cuda")
+    cute_sparse.decode(q, k, k, seqused_k=lengths)
+    cute_sparse.warmup(kind="decode", head_dim=64, page_size=16, threshold=True, share_max=True, device="cuda")
+    cute_sparse.decode(q, k, k, seqused_k=lengths, page_table=table, threshold=0.1, share_max=True)
+    cute_sparse.warmup(head_dim=64, device="cuda")
+    cute_sparse.attention(q, k, k)
+    assert asked[0::2] == asked[1::2] and len(set(asked)) == 3
 
 
 def test_an_unknown_device_in_the_environment_is_refused_with_the_choices():
