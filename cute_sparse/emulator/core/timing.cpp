@@ -373,6 +373,7 @@ class Run {
     arrive_latency_ = get("arrive_latency");
     barrier_latency_ = get("barrier_latency");
     commit_latency_ = get("commit_latency");
+    skipped_boundary_.ordered = skipped_boundary_.boundary = true;
     fill_phases();
     for (const auto& w : trace.warps) {
       WarpRun run;
@@ -486,7 +487,7 @@ class Run {
         w.done[step] = 0;
         continue;
       }
-      Entry e{step, traced.skipped ? &skipped_ : &cost, {}};
+      Entry e{step, !traced.skipped ? &cost : cost.boundary ? &skipped_boundary_ : &skipped_, {}};
       const uint32_t* lists = trace_.program->slot_lists.data();
       const bool of_wgmma = cost.act == Act::wgmma;
       if (i.guard != NO_GUARD) gather(w, e, &i.guard, 1, now, false);
@@ -507,7 +508,7 @@ class Run {
     }
   }
 
-  Cost skipped_;  // a guarded instruction whose guard is false: its issue slot
+  Cost skipped_, skipped_boundary_;  // a guarded instruction whose guard is false: its issue slot
 
   double sources_ready(const WarpRun& w, const Entry& e) const {
     double ready = 0;
@@ -585,7 +586,7 @@ class Run {
     ++w.issued;
     w.end = now + 1;
     w.done[e.step] = now + std::max(1.0, cost.latency);
-    if (&cost == &skipped_) return;
+    if (&cost == &skipped_ || &cost == &skipped_boundary_) return;
     double arrives = now + arrive_latency_;  // at the barriers that the instruction signals
     switch (cost.act) {
       case Act::plain: use_unit(w, sm, e, now); break;
