@@ -182,7 +182,7 @@ class Operand(NamedTuple):
 class Decode:
     """The kernel of one (problem, config).
 
-    Roles (13 warps, 152 registers a thread)
+    Roles (16 warps, three of them idle; registers after setmaxnreg in `DecodeConfig`)
       load_q      a warp: the rows of Q by vector loads, into the swizzled tile that the MMA reads
       load_k      a warp: K by TMA, as far ahead as the ring goes
       load_v      a warp: V by TMA; with a threshold, of kept tiles, as soon as they are known
@@ -316,22 +316,26 @@ class Decode:
         base = tmem.BASE
 
         if warp < config.correction_warp:
+            cute.arch.setmaxregister_increase(config.registers_softmax)
             if op.narrow:
                 self.softmax(op, pipes, tiles, base, True)
             else:
                 self.softmax(op, pipes, tiles, base, False)
         elif warp < config.score_mma_warp:
+            cute.arch.setmaxregister_decrease(config.registers_correction)
             self.correct(op, pipes, tiles, base)
-        elif warp == config.score_mma_warp:
-            self.multiply_scores(op, pipes, tiles, base)
-        elif warp == config.value_mma_warp:
-            self.multiply_values(op, pipes, tiles, base)
-        elif warp == config.load_k_warp:
-            self.load_k(op, pipes, tiles)
-        elif warp == config.load_v_warp:
-            self.load_v(op, pipes, tiles)
         else:
-            self.load_q(op, pipes, tiles)
+            cute.arch.setmaxregister_decrease(config.registers_other)
+            if warp == config.score_mma_warp:
+                self.multiply_scores(op, pipes, tiles, base)
+            elif warp == config.value_mma_warp:
+                self.multiply_values(op, pipes, tiles, base)
+            elif warp == config.load_k_warp:
+                self.load_k(op, pipes, tiles)
+            elif warp == config.load_v_warp:
+                self.load_v(op, pipes, tiles)
+            elif warp == config.load_q_warp:
+                self.load_q(op, pipes, tiles)
 
         cute.arch.sync_threads()
         if warp == config.score_mma_warp:

@@ -88,6 +88,7 @@ class DecodeConfig:
     s_stages        buffers of S: tiles by which Q K^T may be ahead of the softmax
     p_stages        slots of P: kept tiles by which the softmax may be ahead of P V
     min_tiles       the fewest KV tiles of a CTA in a stream-K plan
+    registers_*     per thread after setmaxnreg
     """
 
     head_dim: int
@@ -98,8 +99,12 @@ class DecodeConfig:
     s_stages: int
     p_stages: int
     min_tiles: int
+    registers_softmax: int = 192
+    registers_correction: int = 128
+    registers_other: int = 96
 
     def __post_init__(self) -> None:
+        assert self.registers_total <= SM_REGISTERS, f"{self.registers_total} registers planned of {SM_REGISTERS}"
         assert self.shared_bytes <= SM_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory planned"
         assert min(self.k_stages, self.v_stages, self.s_stages, self.p_stages, self.min_tiles) >= 1, self
         assert self.tile_n % (2 * WARPS_PER_GROUP) == 0, "a warp's share of a tile must be whole words of P"
@@ -117,7 +122,7 @@ class DecodeConfig:
     def v_strip(self) -> int:
         return strip(self.head_dim_v)
 
-    # ---- warps: softmax 0..3, correction 4..7, then one each
+    # ---- warps: softmax 0..3, correction 4..7, then one each; whole warpgroups, because of setmaxnreg
 
     @property
     def correction_warp(self) -> int:
@@ -145,16 +150,16 @@ class DecodeConfig:
 
     @property
     def warps(self) -> int:
-        return self.score_mma_warp + 5
+        return 4 * WARPS_PER_GROUP
 
     @property
     def threads(self) -> int:
         return self.warps * THREADS_PER_WARP
 
     @property
-    def registers_at_launch(self) -> int:
-        """Registers a thread has: as many as the compiler finds room for, which is enough without setmaxnreg."""
-        return SM_REGISTERS // self.threads // 8 * 8
+    def registers_total(self) -> int:
+        per_thread = self.registers_softmax + self.registers_correction + 2 * self.registers_other
+        return per_thread * WARPS_PER_GROUP * THREADS_PER_WARP
 
     # ---- bytes
 
