@@ -19,11 +19,14 @@ import torch
 
 import cute_sparse
 from cute_sparse.dispatch import ARCH_OF_CAPABILITY
-from cute_sparse.workloads import structured_qkv
+from cute_sparse.workloads import in_shuffled_pages, structured_qkv
 
 EMULATED_ARCHES = ("sm_90a", "sm_100a")
 THRESHOLDS = (None, 1e-3, 1e-2, 5e-2)
 GPU_SEQLEN, EMULATED_SEQLEN = 32768, 2048
+GPU_CACHE, EMULATED_CACHE = 131072, 4096  # tokens of the longest sequence of the decode step
+DECODE_SHARES = (1, 2, 4, 64)  # each sequence has as many times fewer
+PAGE_SIZE = 64
 HEADS_Q, HEADS_KV, HEAD_DIM = 8, 2, 128
 TIMED_RUNS = 9
 DEFAULT_MODEL = "all-MiniLM-L6-v2, 6 layers, 12 heads of 32"
@@ -48,6 +51,7 @@ class Row:
     mma: int | None = None
     exponentials: int | None = None
     loaded_bytes: int | None = None
+    v_bytes_not_read: int | None = None
     instructions: int | None = None
 
 
@@ -60,6 +64,8 @@ def print_rows(title: str, rows: list[Row], error: str) -> None:
     print(f"\n{title}")
     timed = rows[0].milliseconds is not None
     work = ("ms", "speed-up") if timed else ("MMA", "exponentials", "TMA MB", "instructions", "of dense")
+    knows_v = rows[0].v_bytes_not_read is not None
+    work += ("V not read MB",) if knows_v else ()
     print(f"  {'':18}{'skipped':>9}{error:>14}" + "".join(f"{name:>14}" for name in work))
     for row in rows:
         if timed:
@@ -68,6 +74,7 @@ def print_rows(title: str, rows: list[Row], error: str) -> None:
             share = row.instructions / rows[0].instructions
             cells = [f"{row.mma:,}", f"{row.exponentials:,}", f"{row.loaded_bytes / 1e6:.2f}",
                      f"{row.instructions:,}", f"{share:.2f}"]  # fmt: skip
+        cells += [f"{row.v_bytes_not_read / 1e6:.2f}"] if knows_v else []
         print(f"  {row.label:18}{row.skipped:>9.1%}{row.error:>14.2e}" + "".join(f"{cell:>14}" for cell in cells))
 
 
@@ -90,6 +97,30 @@ def structured_rows(seqlen: int, device: str, measure: Callable[[Callable[[], ob
         out, _, stats = call(return_stats=True)
         error = ((out.float() - dense).norm() / dense.norm()).item()
         rows.append(Row(label(threshold), skipped_share(stats.tile_counts), error, **measure(call)))
+    return rows
+
+
+def decode_rows(longest: int, device: str, measure: Callable[[Callable[[], object]], dict]) -> list[Row]:
+    """One new token for each of several sequences of different lengths, their caches in shuffled pages."""
+    batch = len(DECODE_SHARES)
+    q, k, v = structured_qkv(batch, longest, HEADS_Q, HEADS_KV, HEAD_DIM, seqlen_q=1)
+    tensors = [x.to(device) for x in (q, *in_shuffled_pages(k, v, PAGE_SIZE))]
+    lengths = torch.tensor([longest // share for share in DECODE_SHARES], dtype=torch.int32, device=device)
+    q, k_cache, v_cache, page_table = tensors
+    dense, rows = None, []
+    for threshold in THRESHOLDS:
+        def call(threshold=threshold, **more):
+            return cute_sparse.decode(
+                q, k_cache, v_cache, seqused_k=lengths, page_table=page_table, threshold=threshold, **more
+            )
+
+        out, _, stats = call(return_stats=True)
+        dense = out.float() if dense is None else dense
+        error = ((out.float() - dense).norm() / dense.norm()).item()
+        rows.append(Row(
+            label(threshold), skipped_share(stats.tile_counts), error,
+            v_bytes_not_read=int(stats.v_bytes_not_read.sum()), **measure(call),
+        ))  # fmt: skip
     return rows
 
 
@@ -186,6 +217,13 @@ def gpu_arch() -> str | None:
     return ARCH_OF_CAPABILITY.get(torch.cuda.get_device_capability())
 
 
+def decode_title(longest: int) -> str:
+    lengths = ", ".join(str(longest // share) for share in DECODE_SHARES)
+    return (
+        f"decode, one query for caches of {lengths} tokens in pages of {PAGE_SIZE}, {HEADS_Q} query heads on "
+        f"{HEADS_KV} KV heads of {HEAD_DIM}, BF16"
+    )
+
 
 
 def main() -> None:
@@ -203,6 +241,8 @@ def main() -> None:
         name = torch.cuda.get_device_name()
         seqlen = options.seqlen or GPU_SEQLEN
         print_rows(f"{name}: {seqlen} tokens, {shape}", structured_rows(seqlen, "cuda", measure_on_gpu), "error")
+        longest = options.seqlen or GPU_CACHE
+        print_rows(f"{name}: {decode_title(longest)}", decode_rows(longest, "cuda", measure_on_gpu), "error")
         print_rows(f"{name}: {model_name}", model_rows(folder, "cuda", measure_on_gpu), "1 - cosine")
         return
     print("No supported GPU: the kernels run in the emulator, and their work is counted, not timed.", file=sys.stderr)
@@ -211,6 +251,8 @@ def main() -> None:
         with cute_sparse.emulated(arch) as device:
             measure = measure_in_emulator(device)
             print_rows(f"{arch} emulated: {seqlen} tokens, {shape}", structured_rows(seqlen, "cpu", measure), "error")
+            longest = options.seqlen or EMULATED_CACHE
+            print_rows(f"{arch} emulated: {decode_title(longest)}", decode_rows(longest, "cpu", measure), "error")
             print_rows(f"{arch} emulated: {model_name}", model_rows(folder, "cpu", measure), "1 - cosine")
 
 

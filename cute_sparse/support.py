@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from cute_sparse.dispatch import support_matrix
+from cute_sparse.dispatch import OPERANDS, support_matrix
 
-# Feature kinds in the order of rows, and what they are called.
+# Kinds of kernel, and what their tables are called.
+TITLES = {"prefill": "forward", "decode": "decode"}
+assert set(TITLES) == set(OPERANDS)
+# Feature kinds in the order of rows, what they are called, and which kinds of kernel have them.
 ROWS = {
-    "dtype": "element types",
-    "head_dim": "head dims",
-    "mask": "masks",
-    "varlen": "packed sequences of different lengths",
-    "softcap": "softcap",
-    "sparsity": "tile skipping",
-    "lse": "log-sum-exp",
-    "stats": "tile counts and skip map",
+    "dtype": ("element types", "prefill decode"),
+    "head_dim": ("head dims", "prefill decode"),
+    "mask": ("masks", "prefill decode"),
+    "varlen": ("packed sequences of different lengths", "prefill"),
+    "page_size": ("tokens per page of paged caches", "decode"),
+    "softcap": ("softcap", "prefill decode"),
+    "sparsity": ("tile skipping", "prefill decode"),
+    "share_max": ("splits tell each other their maxima", "decode"),
+    "lse": ("log-sum-exp", "prefill decode"),
+    "stats": ("tile counts and skip map", "prefill decode"),
 }
 BEGIN, END = "<!-- support matrix: python -m cute_sparse.support -->", "<!-- end of the support matrix -->"
 
 
 def markdown() -> str:
-    """A table of what the forward (prefill) kernel of each architecture supports."""
-    matrix = support_matrix()
-    lines = ["| forward | " + " | ".join(matrix) + " |", "|---" * (len(matrix) + 1) + "|"]
-    known = set(ROWS)
+    """For each kind of kernel a table of what that of each architecture supports."""
+    return "\n\n".join(_table(kind) for kind in TITLES)
+
+
+def _table(kind: str) -> str:
+    matrix = support_matrix(kind)
+    lines = [f"| {TITLES[kind]} | " + " | ".join(matrix) + " |", "|---" * (len(matrix) + 1) + "|"]
+    rows = {feature: title for feature, (title, kinds) in ROWS.items() if kind in kinds.split()}
     for supports in matrix.values():
-        unknown = {name.partition(":")[0] for name in supports} - known
+        unknown = {name.partition(":")[0] for name in supports} - set(rows)
         assert not unknown, f"{unknown} have no row"
-    for kind, title in ROWS.items():
-        cells = (_cell(kind, supports) for supports in matrix.values())
+    for feature, title in rows.items():
+        cells = (_cell(feature, supports) for supports in matrix.values())
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -38,7 +47,9 @@ def _cell(kind: str, supports: frozenset[str]) -> str:
     values = [name.partition(":")[2] for name in supports if name.startswith(f"{kind}:")]
     if not values:
         return "no"
-    return _head_dims(values) if kind == "head_dim" else ", ".join(sorted(values))
+    if kind == "head_dim":
+        return _head_dims(values)
+    return ", ".join(sorted(values, key=lambda value: (int(value) if value.isdigit() else 0, value)))
 
 
 def _head_dims(values: list[str]) -> str:

@@ -96,6 +96,7 @@ def test_the_readme_s_example_runs():
     exec(code.replace('device="cuda"', 'device="cpu"').replace("8192", "256"), names)
     assert names["out"].shape == (1, 256, 32, 128) and names["lse"].shape == (1, 32, 256)
     assert names["kept"].shape == names["visited"].shape == (1, 32)
+    assert names["new"].shape == (2, 1, 32, 128)
 
 
 def test_every_path_of_the_readme_s_map_exists():
