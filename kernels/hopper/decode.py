@@ -29,7 +29,6 @@ from cute_sparse.kernels.hopper.config import (
     padded,
 )
 from cute_sparse.kernels.hopper.decode_config import (
-    DECISION_STAGES,
     Config,
     choose,
     k_bytes,
@@ -63,6 +62,7 @@ SUPPORTS = frozenset(
 )
 
 LOAD_K_WARP, LOAD_V_WARP, LOAD_Q_WARPS = 0, 1, (2, 3)  # of the first warpgroup
+WARP_ROWS = WARPGROUP_ROWS // WARPGROUP_WARPS
 VECTOR = 8  # 16-bit elements that a thread moves at a time
 SKIP_MAP_KEPT, SKIP_MAP_SKIPPED = 1, 2
 END = -1  # in place of a tile: the scores of this segment are complete
@@ -113,7 +113,7 @@ class Shared(NamedTuple):
     p_ring: Ring
     decision_ring: Ring
     walk: cute.Tensor  # (WALK_WORDS,): where the CTA begins
-    decisions: cute.Tensor  # (DECISION_STAGES,) int32: whether the tile is kept
+    decisions: cute.Tensor  # (k_stages,) int32: whether the tile is kept
     tiles: cute.Tensor  # (warps, p_stages) int32: 2 * KV tile + whether the warp's rows of O are to be rescaled; or END
     row_factor: cute.Tensor  # (64, p_stages): what to rescale O with; with END, the sum of p
     row_max: cute.Tensor  # (64, p_stages): with END, the reference of p in base-2 units
@@ -156,7 +156,7 @@ class HopperDecode:
     Pipelines  (producer -> consumer: slots; what fills; what drains)
       q          load_q -> score: `q_stages`; one arrival of each loading warp; one of each score warp
       k          TMA -> score: `k_stages`; bytes of the tile; one arrival of each score warp
-      decisions  score -> load_v: 8; one arrival; one arrival (only with a threshold)
+      decisions  score -> load_v: `k_stages`, at K's cursor; one arrival; one arrival (only with a threshold)
       p          score -> value: `p_stages`, kept tiles and the end of each segment; one arrival of each score warp;
                  one of each value warp
       v          TMA -> value: `v_stages`, kept tiles only; bytes of the tile; one arrival of each value warp
@@ -293,7 +293,7 @@ class HopperDecode:
         k_ring = ring(config.k_stages, drains=WARPGROUP_WARPS)
         v_ring = ring(config.v_stages, drains=WARPGROUP_WARPS)
         p_ring = ring(config.p_stages, drains=WARPGROUP_WARPS, fills=WARPGROUP_WARPS)
-        decision_ring = ring(DECISION_STAGES, drains=1)
+        decision_ring = ring(config.k_stages, drains=1)
         shared = Shared(
             tiles(self._q_layout()),
             tiles(self._k_layout()),
@@ -305,7 +305,7 @@ class HopperDecode:
             p_ring,
             decision_ring,
             walk=words(Int32, WALK_WORDS),
-            decisions=words(Int32, DECISION_STAGES),
+            decisions=words(Int32, config.k_stages),
             tiles=words(Int32, WARPGROUP_WARPS, config.p_stages),
             row_factor=words(Float32, WARPGROUP_ROWS, config.p_stages),
             row_max=words(Float32, WARPGROUP_ROWS, config.p_stages),
@@ -331,19 +331,24 @@ class HopperDecode:
 
     @cute.jit
     def _clear(self, shared: Shared):
-        """By both workers: rows of P that nobody ever writes are multiplied, too, and their sums read."""
+        """By both workers: rows of Q and P that nobody ever writes are multiplied, too, and their sums read."""
         thread, _, _ = cute.arch.thread_idx()
         thread, threads = thread - WARPGROUP_THREADS, 2 * WARPGROUP_THREADS
-        per_row = self.tile_n // VECTOR
-        zeros = cute.make_rmem_tensor(VECTOR, self.dtype)
-        zeros.fill(0.0)
-        for stage in cutlass.range_constexpr(self.config.p_stages):
-            for i in cutlass.range(thread, WARPGROUP_ROWS * per_row, threads, unroll=1):
-                cute.autovec_copy(zeros, _vector(shared.sP[None, None, stage], i // per_row, i % per_row))
-            if thread < WARPGROUP_ROWS:
+        self._clear_tiles(shared.sQ, thread, threads)
+        self._clear_tiles(shared.sP, thread, threads)
+        if thread < WARPGROUP_ROWS:
+            for stage in cutlass.range_constexpr(self.config.p_stages):
                 shared.row_factor[thread, stage] = Float32(0.0)
                 shared.row_max[thread, stage] = Float32(0.0)
         cute.arch.fence_view_async_shared()
+
+    def _clear_tiles(self, tiles: cute.Tensor, thread, threads: int) -> None:
+        """All of it, in whatever order: zeros look alike."""
+        flat = cute.make_tensor(tiles.iterator, cute.make_layout(cute.size(tiles)))
+        zeros = cute.make_rmem_tensor(VECTOR, self.dtype)
+        zeros.fill(0.0)
+        for first in range(0, cute.size(tiles) // VECTOR, threads):
+            cute.autovec_copy(zeros, cute.local_tile(flat, (VECTOR,), (first + thread,)))
 
     def _first(self, operands: KernelOperands, shared: Shared) -> Walk:
         return Walk(*(cute.arch.make_warp_uniform(word) for word in operands.plan.first(shared.walk)))
@@ -433,10 +438,11 @@ class HopperDecode:
 
     @cute.jit
     def _load_rows(self, operands: KernelOperands, sQ: cute.Tensor, rows: PackedRows, thread):
-        """One block of packed rows, with zeros in the rows and columns that do not exist."""
+        """One block of packed rows, with zeros in columns that do not exist and in the other rows of the last warp."""
         threads = len(LOAD_Q_WARPS) * cute.arch.WARP_SIZE
         per_row = self.head_dim // VECTOR
-        for i in cutlass.range(thread, WARPGROUP_ROWS * per_row, threads, unroll=4):
+        warps = (rows.count + (WARP_ROWS - 1)) // WARP_ROWS
+        for i in cutlass.range(thread, warps * (WARP_ROWS * per_row), threads, unroll=4):
             row, column = i // per_row, i % per_row
             vector = cute.make_rmem_tensor(VECTOR, self.dtype)
             vector.fill(0.0)
@@ -496,7 +502,7 @@ class HopperDecode:
         qk = wgmma.qk_mma(self.dtype, self.tile_n)
         tSrQ = qk.make_fragment_A(qk.get_slice(0).partition_A(shared.sQ))  # (MMA, M, K, stages)
         tSrK = qk.make_fragment_B(qk.get_slice(0).partition_B(shared.sK))  # (MMA, N, K, stages)
-        q, k, p, decision = consumer_cursor(), consumer_cursor(), producer_cursor(), producer_cursor()
+        q, k, p = consumer_cursor(), consumer_cursor(), producer_cursor()
         walk = self._first(operands, shared)
         while plan.more(walk):
             segment = plan.segment(walk)
@@ -505,7 +511,7 @@ class HopperDecode:
                 kept = Int32(0)
                 if self._tiles(segment) > 0:
                     shared.q_ring.wait(q)
-                    k, p, decision, kept = self._walk(scorer, qk, tSrQ[None, None, None, q.index], tSrK, k, p, decision)
+                    k, p, kept = self._walk(scorer, qk, tSrQ[None, None, None, q.index], tSrK, k, p)
                     shared.q_ring.release(q)
                     q = shared.q_ring.advanced(q)
                 p = self._end(scorer, p)
@@ -539,10 +545,10 @@ class HopperDecode:
         return [first + wgmma.ROW_STEP * row for row in range(wgmma.ROWS_PER_THREAD)]
 
     def _first_row_of_warp(self, thread):
-        return cute.arch.make_warp_uniform(thread // cute.arch.WARP_SIZE) * (WARPGROUP_ROWS // WARPGROUP_WARPS)
+        return self._warp(thread) * WARP_ROWS
 
     @cute.jit
-    def _walk(self, scorer: Scorer, qk: cute.TiledMma, tSrQ, tSrK, k: Cursor, p: Cursor, decision: Cursor):
+    def _walk(self, scorer: Scorer, qk: cute.TiledMma, tSrQ, tSrK, k: Cursor, p: Cursor):
         """Every tile of a segment; S of the next one is issued before this one's softmax."""
         shared, segment = scorer.shared, scorer.segment
         scores = self._accumulator(qk)
@@ -555,26 +561,27 @@ class HopperDecode:
         warpgroup.wait_group(0)
         for i in cutlass.range(tiles - 1, unroll=1):
             shared.k_ring.release(k)
+            decided = k
             k = shared.k_ring.advanced(k)
             shared.k_ring.wait(k)
             following = self._accumulator(qk)
             wgmma.issue(qk, following, tSrQ, tSrK[None, None, None, k.index], False)
-            keeps, p, decision = self._tile(scorer, scores, last - i, i == 0, p, decision)
+            keeps, p = self._tile(scorer, scores, last - i, i == 0, decided, p)
             kept += Int32(keeps)
             self._read_published(scorer)
             warpgroup.wait_group(0)
             # A copy, because a loop cannot carry registers that an MMA is still writing.
             scores.store(following.load())
         shared.k_ring.release(k)
-        keeps, p, decision = self._tile(scorer, scores, last - (tiles - 1), tiles == 1, p, decision)
-        return shared.k_ring.advanced(k), p, decision, kept + Int32(keeps)
+        keeps, p = self._tile(scorer, scores, last - (tiles - 1), tiles == 1, k, p)
+        return shared.k_ring.advanced(k), p, kept + Int32(keeps)
 
     def _accumulator(self, qk: cute.TiledMma) -> cute.Tensor:
         return cute.make_rmem_tensor(qk.partition_shape_C((WARPGROUP_ROWS, self.tile_n)), Float32)
 
     @cute.jit
-    def _tile(self, scorer: Scorer, acc_S: cute.Tensor, n_block, is_first, p: Cursor, decision: Cursor):
-        """From S to the decision, and for a kept tile to P. Returns whether it is kept."""
+    def _tile(self, scorer: Scorer, acc_S: cute.Tensor, n_block, is_first, k: Cursor, p: Cursor):
+        """From S to the decision, and for a kept tile to P. `k` is the tile's slot. Returns whether it is kept."""
         operands, shared, softmax = scorer.operands, scorer.shared, scorer.softmax
         scores = wgmma.by_rows(acc_S)
         maxima = cute.make_rmem_tensor(wgmma.ROWS_PER_THREAD, Float32)
@@ -589,8 +596,7 @@ class HopperDecode:
         keeps = Boolean(True)
         if const_expr(self.sparse):
             keeps = wgmma.any_of_warpgroup(wants, int(NamedBarrier.VOTE))
-            self._publish_decision(scorer, decision, keeps)
-            decision = shared.decision_ring.advanced(decision)
+            self._publish_decision(scorer, k, keeps)
         if const_expr(operands.stats is not None):
             self._record(scorer, n_block, keeps)
         if keeps:
@@ -600,7 +606,7 @@ class HopperDecode:
                 moved = self._probabilities(scorer, acc_S, maxima, p)
             self._publish_tile(scorer, p, 2 * n_block + Int32(moved))
             p = shared.p_ring.advanced(p)
-        return keeps, p, decision
+        return keeps, p
 
     @cute.jit
     def _probabilities(self, scorer: Scorer, acc_S: cute.Tensor, maxima: cute.Tensor, p: Cursor):
@@ -628,12 +634,13 @@ class HopperDecode:
             shared.p_ring.publish(p)
 
     @cute.jit
-    def _publish_decision(self, scorer: Scorer, decision: Cursor, keeps):
+    def _publish_decision(self, scorer: Scorer, k: Cursor, keeps):
+        """Decisions have as many slots as K, and K's cursor; a consumer's wait for K is a producer's for them."""
         shared = scorer.shared
         if scorer.thread == 0:
-            shared.decision_ring.acquire(decision)
-            shared.decisions[decision.index] = Int32(keeps)
-            shared.decision_ring.publish(decision)
+            shared.decision_ring.acquire(Cursor(k.index, k.phase ^ 1))
+            shared.decisions[k.index] = Int32(keeps)
+            shared.decision_ring.publish(k)
 
     @cute.jit
     def _end(self, scorer: Scorer, p: Cursor):

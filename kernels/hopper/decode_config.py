@@ -31,7 +31,6 @@ ROW_STATE_BYTES = 2 * 4  # per row and P slot: a factor and a maximum, fp32
 
 TILE_NS = (64, 128)
 P_STAGES = 3  # kept tiles by which the scores may be ahead of P V: V's latency, at one tile per 1700 clocks
-DECISION_STAGES = 8  # decisions on their way to the V loader
 MIN_KEYS = 256  # of a CTA's part of the line of all tiles: a guess at what outweighs combining its result
 
 BYTES_PER_CYCLE = 19.0
