@@ -1,0 +1,174 @@
+"""The model of whole launches: how pieces become launches, the comparison with published figures, bad requests.
+
+No test reads a clock of the host.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("cutlass", reason="pieces are compiled")
+
+from cute_sparse.emulator import chips
+from profiling import model
+from profiling.bench import flops
+from profiling.model import Fitted, Kind, Line
+from profiling.peers import Shape
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """lines[provider] = Line: what the pieces of a kernel would have given."""
+    given: dict[str, Line] = {}
+    monkeypatch.setattr(model, "line", lambda provider, arch, kind: given[provider])
+    return given
+
+
+def shape(seqlen: int, *, causal: bool = False, batch: int = 1, heads: int = 8) -> Shape:
+    return Shape(batch, seqlen, heads, 1, 128, 128, causal)
+
+
+# ---- From pieces to launches ---------------------------------------------------------------------------------------
+
+
+def test_work_is_handed_to_whoever_is_free():
+    assert model._handed_out(iter([5, 4, 3, 2, 1]), 2, saved=0) == 8  # 5 + 2 + 1 beside 4 + 3
+    assert model._handed_out(iter([10, 10, 10]), 3, saved=4) == 10
+    assert model._handed_out(iter([10, 10, 10]), 1, saved=4) == 10 + 6 + 6
+    assert model._handed_out(iter([10, 10]), 1, saved=-1) == 21  # a gap between two
+
+
+def test_a_launch_is_its_blocks_over_the_chips_sms(lines):
+    """A chip's worth of equal tiles takes one tile's time, one more tile takes two."""
+    chip = chips.chip_of("sm_90a")
+    lines["ours"] = Line(fixed=1000, per_key=10, clusters=1, ctas=1, saved=0)
+    one_wave = shape(model.BLOCK, batch=chip.sms)
+    assert model.launch("ours", "sm_90a", one_wave).cycles == 1000 + 10 * model.BLOCK
+    assert model.launch("ours", "sm_90a", one_wave._replace(batch=chip.sms + 1)).cycles == 2 * (1000 + 10 * model.BLOCK)
+    lines["ours"] = Line(fixed=1000, per_key=10, clusters=1, ctas=2, saved=0)  # clusters of two SMs
+    assert model.launch("ours", "sm_90a", one_wave).cycles == 2 * (1000 + 10 * model.BLOCK)
+
+
+def test_a_causal_block_has_the_keys_up_to_its_end(lines):
+    lines["ours"] = Line(fixed=0, per_key=1, clusters=1, ctas=1, saved=0)
+    one_head = shape(4 * model.BLOCK, causal=True)
+    assert model.launch("ours", "sm_90a", one_head).cycles == 4 * model.BLOCK  # the longest, each on its own SM
+    many = one_head._replace(batch=132 * 4)
+    mean = model.BLOCK * (1 + 2 + 3 + 4) / 4
+    assert model.launch("ours", "sm_90a", many).cycles == pytest.approx(4 * 4 * mean, rel=0.01)
+
+
+def test_kernels_rank_as_their_pieces_do(lines):
+    lines["slow prologue"] = Line(fixed=9000, per_key=10, clusters=4, ctas=1, saved=0)
+    lines["slow tiles"] = Line(fixed=1000, per_key=15, clusters=4, ctas=1, saved=0)
+
+    def ratio(seqlen: int) -> float:
+        times = [model.launch(name, "sm_100a", shape(seqlen)).seconds for name in ("slow prologue", "slow tiles")]
+        return times[0] / times[1]
+
+    assert ratio(512) > 1 > ratio(8192)
+
+
+def test_time_is_at_least_that_of_moving_every_tensor_once(lines):
+    lines["free"] = Line(fixed=0, per_key=0, clusters=1, ctas=1, saved=0)
+    big = shape(65536, batch=64)
+    moved = 2 * big.batch * big.seqlen * (big.heads_q + big.heads_kv) * (128 + 128)
+    assert model.launch("free", "sm_90a", big).seconds == pytest.approx(moved / chips.CHIPS["H200"].hbm_bytes_per_s)
+
+
+def test_the_clock_falls_with_the_length_of_a_launch():
+    fitted = Fitted(cold_ghz=2.0, hot_ghz=1.0, heating_ms=10, launch_us=0)
+    short, middle, long = (cycles / fitted.seconds(cycles) * 1e-9 for cycles in (1e3, 2e7, 1e12))
+    assert short == pytest.approx(2.0, rel=1e-3)
+    assert middle == pytest.approx(1 + 2.718281828**-1, rel=1e-6)
+    assert long == pytest.approx(1.0, rel=1e-3)
+    assert Fitted(2.0, 1.0, 10, launch_us=5).seconds(0) == pytest.approx(5e-6)
+
+
+def test_ranks_and_their_correlation():
+    assert model.spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert model.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert model.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487, abs=1e-4)  # ties share a rank
+
+
+# ---- Real kernels --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", model.ARCHES)
+def test_our_kernel_lies_between_a_third_of_the_chips_peak_and_all_of_it(arch):
+    """The longest piece cannot be faster than the tensor core, whose work is known exactly."""
+    kind = Kind(64, 64, 1, causal=False, window_left=None)
+    fitted = model.line(model.OURS, arch, kind)
+    chip = chips.chip_of(arch)
+    macs_per_key = 2 * kind.block * 64  # Q K^T and P V
+    fastest = macs_per_key / chip.mma_macs / (fitted.clusters * fitted.ctas)
+    assert fastest <= fitted.per_key <= 3 * fastest
+    assert fitted.fixed > 0
+    longest = model.piece(model.OURS, arch, kind, kind.keys[-1])
+    assert {"MMA", "exponentials"} <= {part for role in longest.roles for part in role.split(", ")}
+    for estimate in longest.estimates:
+        for cta in estimate.ctas:
+            assert 0 < cta.tensor < estimate.cycles
+            assert max(w.end for w in cta.warps) <= estimate.cycles
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """Of the published figures, those of one kind of kernel: the causal ones with head dim 128."""
+    some = {
+        name: value for name, value in model.PUBLISHED["sm_90a"].items() if name.endswith("k-causal") and "d128" in name
+    }
+    assert len(some) == 5
+    monkeypatch.setitem(model.PUBLISHED, "sm_90a", some)
+
+
+def test_flash_attention_4_is_modelled_as_published(published, monkeypatch, capsys):
+    pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+    assert model.calibrate("sm_90a") == 0
+    told = capsys.readouterr().out
+    assert "for comparisons on one chip only" in told and "within the bounds" in told
+    # With another clock the bounds are not kept, and that is told.
+    fitted = model.FITTED["sm_90a"]
+    monkeypatch.setitem(
+        model.FITTED, "sm_90a", Fitted(fitted.cold_ghz / 1.5, fitted.hot_ghz / 1.5, fitted.heating_ms, 6)
+    )
+    assert model.calibrate("sm_90a") == 1
+    assert "OUTSIDE the bounds" in capsys.readouterr().out
+
+
+# ---- Bad requests --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["prefill", "--arch", "sm_80"], "sm_90a, sm_100a"),
+        (["calibrate", "--arch", "h100"], "sm_90a, sm_100a"),
+        (["prefill", "--arch", "sm_90a", "--peers", "cudnn"], "fa4"),
+        (["prefill", "--arch", "sm_90a", "--peers", "fa4,cute_sparse"], "cute_sparse is not modelled"),
+        (["prefill", "--arch", "sm_90a", "--case", "d999"], "d128-2k-causal"),
+    ],
+)
+def test_unknown_names_are_refused_with_those_that_are_known(arguments, told, capsys):
+    with pytest.raises(SystemExit) as left:
+        model.main(arguments)
+    assert left.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_missing_peer_is_named(monkeypatch, capsys, lines):
+    def missing(provider, arch, shape):
+        if provider == "fa4":
+            raise model.Missing("pip install flash-attn-4: no such module")
+        return model.Launch(1, 1, 1, 1)
+
+    monkeypatch.setattr(model, "launch", missing)
+    assert model.main(["prefill", "--arch", "sm_90a", "--case", "d128-2k-full"]) == 1
+    assert "d128-2k-full           not modelled: pip install flash-attn-4" in capsys.readouterr().out
+
+
+def test_operations_are_counted_as_the_benchmark_does(lines):
+    lines["ours"] = Line(fixed=1000, per_key=10, clusters=1, ctas=1, saved=0)
+    causal = shape(2048, causal=True)
+    result = model.launch("ours", "sm_90a", causal)
+    assert result.tflops == pytest.approx(flops(causal) / result.seconds / 1e12)
