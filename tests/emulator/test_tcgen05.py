@@ -816,7 +816,21 @@ def test_masks_of_zero_and_collector_hints_are_accepted():
     assert torch.equal(out.view(torch.float32), product(case.a, case.b))
 
 
-def test_disabled_output_lanes_are_refused():
+def test_disabled_output_lanes_keep_what_they_hold():
+    case = simple_case(enable="{%r30, %r31, %r30, %r31}, 0")
+    out = torch.zeros(128, 32, dtype=torch.int32)
+    masks = "mov.b32 %r30, 0;\nmov.b32 %r31, -1;\n"
+    body = fill_tensor(32) + copy_image(case.image.numel()) + masks + case.body
+    launch(body + COMMIT + WAIT + read_tensor(32), case.image, out)
+    expected = product(case.a, case.b)
+    for lanes in (slice(0, 32), slice(64, 96)):
+        assert torch.equal(out.view(torch.float32)[lanes], expected[lanes])
+    filled = 512 * torch.arange(128)[:, None] + torch.arange(32)
+    for lanes in (slice(32, 64), slice(96, 128)):
+        assert torch.equal(out[lanes], filled[lanes].int())
+
+
+def test_disabled_output_lanes_of_part_of_a_warp_are_refused():
     case = simple_case(enable="{%r30, %r30, %r30, %r30}, 0")
     with pytest.raises(errors.InvalidOperand, match="disable-output-lane"):
         launch(copy_image(case.image.numel()) + "mov.b32 %r30, 4;\n" + case.body, case.image, nothing())

@@ -3,7 +3,7 @@
 // in fp32, one k after the other; hardware's order differs.
 //
 // Not here, and unknown at load: .ws, .sp, .block_scale, .ashift. Refused by name at run time: sparsity, the six- and
-// four-bit formats, disable-output-lane masks.
+// four-bit formats, disable-output-lane masks other than of whole warps' lanes of one CTA's D with M = 128.
 #include <algorithm>
 
 #include "formats.h"
@@ -46,6 +46,7 @@ struct Shape {
   bool a_mn_major = false, b_mn_major = false;
   bool negative = false;  // the products are negated
   bool saturate = false;  // s32
+  uint32_t disabled = 0;  // bit w: D is not updated in the lanes of warp w (PTX ISA, "disable-output-lane")
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -130,8 +131,15 @@ struct Blocks {
   const Block* end() const { return of + count; }
 };
 
+// Blocks whose lanes are disabled are left out.
 Blocks blocks_of(uint32_t cta_group, const Shape& shape) {
   const uint32_t n = shape.n;
+  if (shape.disabled) {
+    Blocks enabled{};
+    for (uint32_t warp = 0; warp < 4; ++warp)
+      if (!(shape.disabled >> warp & 1)) enabled.of[enabled.count++] = {32 * warp, 32, 32 * warp, 0, n};
+    return enabled;
+  }
   if (shape.m == 64)  // 16 rows in each warp's lanes
     return {{{0, 16, 0, 0, n}, {16, 16, 32, 0, n}, {32, 16, 64, 0, n}, {48, 16, 96, 0, n}}, 4};
   if (cta_group == 2 && shape.m == 128)  // 64 rows of each CTA, the upper lanes hold the upper half of N
@@ -314,11 +322,18 @@ void touch_tensor_operands(Warp& warp, const MmaOp& op, const Stamp& stamp) {
   }
 }
 
-void check_output_lanes(Warp& warp, const Instr& i) {
+// Shape::disabled; word k of the operand masks the lanes of warp k.
+uint32_t disabled_warps(Warp& warp, const Instr& i, const Mma& mma, const Shape& shape) {
   const uint32_t* slots = warp.program->slot_lists.data() + i.list;
-  for (uint32_t k = 0; k < i.n_list; ++k)
-    if (warp.u32(slots[k])[warp.first_lane()])
-      warp.fail(ErrorKind::invalid_operand, "disable-output-lane masks other than 0 are not supported");
+  uint32_t disabled = 0;
+  for (uint32_t k = 0; k < i.n_list; ++k) {
+    const uint32_t mask = uniform(warp, slots[k], "a disable-output-lane mask");
+    if (mask && (mask != ~0u || mma.cta_group != 1 || shape.m != 128))
+      warp.fail(ErrorKind::invalid_operand,
+                "disable-output-lane masks are supported of all 32 lanes of a warp, with M=128 and cta_group::1");
+    if (mask) disabled |= 1u << k;
+  }
+  return disabled;
 }
 
 // Issued once, however many lanes execute it: SASS takes the operands from uniform registers.
@@ -329,7 +344,7 @@ Step exec_mma(Warp& warp, const Instr& i) {
   Shape& shape = op->shape;
   const std::string wrong = decode_descriptor(uniform(warp, i.s[3], "the instruction descriptor"), mma, shape);
   if (!wrong.empty()) warp.fail(ErrorKind::invalid_operand, "instruction descriptor: " + wrong);
-  check_output_lanes(warp, i);
+  shape.disabled = disabled_warps(warp, i, mma, shape);
   op->group = cta_group(warp, mma.cta_group);
   op->accumulate = warp.pred(i.s[4]) >> warp.first_lane() & 1;
   op->d = TensorAddress(uniform(warp, i.s[0], "the address of D") + uint32_t(mma.d_offset));
