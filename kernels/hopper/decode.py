@@ -787,11 +787,7 @@ class HopperDecode:
         """One kept tile. `tile` is 2 * KV tile + whether this warp's rows are to be rescaled."""
         acc_O = values.acc_O
         if tile % 2 == 1:
-            factors = [shared.row_factor[row, p.index] for row in self._rows_of(thread)]
-            rows = wgmma.by_rows(acc_O)
-            for row in cutlass.range_constexpr(wgmma.ROWS_PER_THREAD):
-                for i in cutlass.range_constexpr(cute.size(rows, mode=[1])):
-                    rows[row, i] = rows[row, i] * factors[row]
+            self._rescale(acc_O, [shared.row_factor[row, p.index] for row in self._rows_of(thread)])
         shared.v_ring.wait(v)
         self._clear_unseen(shared, thread, keys, tile // 2, v)
         tOrP, tOrV = values.tOrP[None, None, None, p.index], values.tOrV[None, None, None, v.index]
@@ -801,6 +797,12 @@ class HopperDecode:
         shared.v_ring.release(v)
         shared.p_ring.release(p)
         return shared.v_ring.advanced(v)
+
+    def _rescale(self, acc_O: cute.Tensor, factors: list) -> None:
+        rows = wgmma.by_rows(acc_O)
+        for row in range(wgmma.ROWS_PER_THREAD):
+            for i in range(cute.size(rows, mode=[1])):
+                rows[row, i] = rows[row, i] * factors[row]
 
     @cute.jit
     def _clear_unseen(self, shared: Shared, thread, keys: KeyRange, n_block, v: Cursor):
