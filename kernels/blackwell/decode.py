@@ -34,7 +34,10 @@ from cute_sparse.kernels.blackwell.softmax import (
     tile_maximum,
 )
 from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import nvvm, vector
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+from cutlass.cutlass_dsl import T, dsl_user_op
 from cutlass.memory import SmemAllocator
 
 from cute_sparse.device.bundles import Cache, DecodeOperands, decode_operands, log2_threshold
@@ -193,8 +196,9 @@ class Decode:
 
     Narrow and wide. With more than 32 packed rows a softmax thread owns a row, its tensor-memory lane. With at most 32
     (a query group of 8 with up to 4 queries) the rows of Q are laid down four times, once for the lanes of each warp:
-    each warp takes a quarter of a tile's keys, writes only its columns of P (the others are zero and stay so), and has
-    an O of its own quarter. At a segment's end the four are added up, like splits.
+    each warp takes a quarter of a tile's keys, the 16 of one instruction of P V, and that instruction updates O in the
+    warp's lanes alone (so that what V has for other keys, be it inf, does not meet the zeros of P there). At a segment's
+    end the four quarters of O are added up, like splits.
 
     Pipelines (producer -> consumer: slots; what completes it: arrivals)
       q        load_q -> score_mma: 1; full: 1; empty: 1 commit of the segment's last Q K^T
@@ -230,6 +234,7 @@ class Decode:
         self.boxes = config.tile_n // self.box_rows  # of a tile, per strip
         self.steps_k = config.head_dim // umma.INSTRUCTION_K
         self.steps_v = config.tile_n // umma.INSTRUCTION_K
+        assert self.steps_v == WARPS_PER_GROUP, "each warp of a narrow launch has the keys of one instruction of P V"
         self.s_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.tile_n, b_major_mn=False)
         self.o_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.head_dim_v, b_major_mn=True)
 
@@ -526,6 +531,7 @@ class Decode:
         config, plan = self.config, self.config.tmem
         v = _operand(op.mma_o.make_fragment_B(tiles.sV))
         p_cursor, v_cursor, event_parity = consumer_cursor(), consumer_cursor(), Int32(0)
+        others = cutlass.select_(op.narrow, Int32(-1), Int32(0))  # a quarter of the keys is for one warp's lanes alone
         walk = op.plan.first(tiles.sWalk)
         while op.plan.more(walk):
             segment = op.plan.segment(walk)
@@ -547,9 +553,11 @@ class Decode:
                         v_first = v.first + Int64(v_cursor.index * v.slot_stride)
                         for step in cutlass.range_constexpr(self.steps_v):
                             p_step = probabilities + step * umma.INSTRUCTION_K // 2  # two elements of P a column
-                            accumulate = started if step == 0 else True
-                            umma.issue_from_tensor(
-                                base + plan.output, p_step, v_first + v.steps[step], self.o_instruction, accumulate
+                            # If narrow, each step is the first of its own lanes.
+                            accumulate = started if step == 0 else started | ~op.narrow
+                            disabled = [Int32(0) if warp == step else others for warp in range(WARPS_PER_GROUP)]
+                            _issue_in_lanes(
+                                base + plan.output, p_step, v_first + v.steps[step], self.o_instruction, accumulate, disabled
                             )
                         umma.commit(pipes.v.empty(v_cursor))
                         umma.commit(pipes.p.empty(p_cursor))
@@ -1116,6 +1124,36 @@ def _operand(fragment: cute.Tensor) -> Operand:
     layout = fragment.layout
     steps = [cute.crd2idx((0, 0, step, 0), layout) for step in range(cute.size(layout, mode=[2]))]
     return Operand(umma.descriptor(fragment), steps, cute.crd2idx((0, 0, 0, 1), layout))
+
+
+@dsl_user_op
+def _issue_in_lanes(
+    accumulator: Int32,
+    a: Int32,
+    b: Int64,
+    instruction: int,
+    accumulate: Boolean,
+    disabled: list,
+    *,
+    loc=None,
+    ip=None,
+) -> None:
+    """`umma.issue_from_tensor`, but lanes of D keep what they hold where their bit in `disabled`, one word for each
+    warp's lanes, is set."""
+    words_type = ir.VectorType.get([len(disabled)], T.i32(), loc=loc)
+    words = vector.from_elements(words_type, [Int32(word).ir_value(loc=loc, ip=ip) for word in disabled], loc=loc, ip=ip)
+    nvvm.tcgen05_mma(
+        nvvm.Tcgen05MMAKind.F16,
+        nvvm.CTAGroupKind.CTA_1,
+        tmem.pointer(accumulator, loc=loc, ip=ip),
+        tmem.pointer(a, loc=loc, ip=ip),
+        b.ir_value(loc=loc, ip=ip),
+        Int32(instruction).ir_value(loc=loc, ip=ip),
+        Boolean(accumulate).ir_value(loc=loc, ip=ip),
+        disable_output_lane=words,
+        loc=loc,
+        ip=ip,
+    )
 
 
 _SCALARS = {"int32": Int32, "int64": Int64, "float32": Float32}
