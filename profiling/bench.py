@@ -1,5 +1,5 @@
 """Attention timed beside its peers: python -m profiling.bench prefill [--case NAME] [--peers cudnn,flash,fa4,flex]
-[--sparsity 0,0.5,0.75,0.9] [--out DIR]
+[--sparsity 0,0.5,0.75,0.9] [--out DIR], or python -m profiling.bench decode [--peers copy,flash,fa4,flashinfer] ..
 
 Protocol
 * Every provider gets the same tensors. Without --sparsity they are standard normal and every tile is computed. With
@@ -13,8 +13,10 @@ Protocol
   Times are CUDA events around one call; the 20th, 50th and 80th percentile of a row are over the rounds.
 * Clocks, power and temperature are read while our kernel runs back to back, and written as rows; nothing sets them.
 * TFLOP/s count 2 * (head_dim + head_dim_v) operations for each query and visible key, a causal mask as half of all.
-  With tiles skipped, too: it is the work asked for, not the work done.
-* Rows (profiling/rows.py) are appended to DIR/prefill.jsonl as they come, DIR by default profiling/results/<gpu>.
+  With tiles skipped, too: it is the work asked for, not the work done. Of decode, TB/s count the bytes of K and V of
+  all sequences once (profiling/decode.py), and "copy" is the roof: a device-to-device copy of half as many bytes.
+* Rows (profiling/rows.py) are appended to DIR/prefill.jsonl or DIR/decode.jsonl as they come, DIR by default
+  profiling/results/<gpu>.
 
 Exit status: 0; 1 if a case or a provider failed (the others ran); 2 for a request that cannot be run.
 """
@@ -40,7 +42,7 @@ import cute_sparse
 from cute_sparse.dispatch import ARCH_OF_CAPABILITY
 from cute_sparse.reference import KEPT
 from cute_sparse.workloads import structured_qkv
-from profiling import rows, timing
+from profiling import decode, rows, timing
 from profiling.peers import PEERS, Call, KeptTiles, Missing, Shape, in_flex_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,14 +138,13 @@ class Wrong(RuntimeError):
     """A provider's result is not attention; or it is not finite."""
 
 
-def checked_error(shape: Shape, q, k, v, out: torch.Tensor, kept: KeptTiles | None) -> float:
-    """The error. Raises Wrong where it is above what rounding explains."""
-    expected = (shape.batch, shape.seqlen, shape.heads_q, shape.head_dim_v)
+def checked_error(expected: tuple[int, ...], out: torch.Tensor, errors: Callable[[], tuple[float, float]]) -> float:
+    """The error, of `errors`: (error, that of rounding). Raises Wrong where it is above what rounding explains."""
     if out.shape != expected:
         raise Wrong(f"the result has shape {tuple(out.shape)}, not {expected}")
     if not out.isfinite().all():
         raise Wrong("the result is not finite")
-    error, rounded = sampled_error(shape, q, k, v, out, kept)
+    error, rounded = errors()
     if not error <= ERROR_FACTOR * rounded:
         raise Wrong(f"relative error {error:.2e}, where rounding alone makes {rounded:.2e}")
     return error
@@ -224,6 +225,8 @@ def ours(shape: Shape, q, k, v) -> Call:
 class Bench:
     """What all cases of one run share. `failures` and `missing` are lines for the user."""
 
+    op = "prefill"
+
     def __init__(
         self, writer: rows.Writer, origin: rows.Origin, timer: timing.Timer, device: str, peers: Iterable[str]
     ) -> None:
@@ -245,15 +248,20 @@ class Bench:
         traceback.print_exception(error)
         self.failures.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
+    def _inputs(self, shape: Shape, structured: bool) -> tuple[torch.Tensor, ...]:
+        if not structured:
+            return random_qkv(shape, self.device)
+        return structured_qkv(
+            shape.batch, shape.seqlen, shape.heads_q, shape.heads_kv, shape.head_dim,
+            head_dim_v=shape.head_dim_v, dtype=DTYPE, device=self.device,
+        )  # fmt: skip
+
+    def _ours(self, shape: Shape, qkv) -> Call:
+        return ours(shape, *qkv)
+
     def _providers(self, name: str, shape: Shape, sparsities: tuple[float, ...] | None):
-        if sparsities is None:
-            qkv = random_qkv(shape, self.device)
-        else:
-            qkv = structured_qkv(
-                shape.batch, shape.seqlen, shape.heads_q, shape.heads_kv, shape.head_dim,
-                head_dim_v=shape.head_dim_v, dtype=DTYPE, device=self.device,
-            )  # fmt: skip
-        attention = ours(shape, *qkv)
+        qkv = self._inputs(shape, structured=sparsities is not None)
+        attention = self._ours(shape, qkv)
         dense = "dense" if sparsities is None else "structured, dense"
         providers = [Provider(OURS, dense, attention)]
         providers += self._peer(name, shape, qkv, dense, None, self.peers)
@@ -264,16 +272,23 @@ class Bench:
                 self._failed(f"{name}, sparsity {target:g}", error)
         return providers, qkv
 
-    def _sparse(self, name: str, shape: Shape, qkv, attention: Call, target: float) -> list[Provider]:
+    kept_tiles = KeptTiles  # keep (a bool map of tiles), rows and keys of a tile
+
+    def _skipping(self, attention: Call, target: float) -> Provider:
+        """Ours with a threshold that skips this share of the tiles."""
+
         def sparsity(threshold: float) -> float:
             return skipped_share(attention(threshold=threshold, return_stats=True).stats)
 
         threshold, achieved = search_threshold(sparsity, target)
         stats = attention(threshold=threshold, return_stats=True).stats
-        kept = KeptTiles(stats.skip_map == KEPT, stats.geometry.tile_rows, stats.geometry.tile_n)
-        mode = f"sparsity {target:g}"
+        kept = self.kept_tiles(stats.skip_map == KEPT, stats.geometry.tile_rows, stats.geometry.tile_n)
         extra = (("sparsity", achieved), ("threshold", threshold))
-        mine = Provider(OURS, mode, lambda: attention(threshold=threshold), kept, extra)
+        return Provider(OURS, f"sparsity {target:g}", lambda: attention(threshold=threshold), kept, extra)
+
+    def _sparse(self, name: str, shape: Shape, qkv, attention: Call, target: float) -> list[Provider]:
+        mine = self._skipping(attention, target)
+        mode, kept = mine.mode, mine.kept
         try:
             blocks = in_flex_blocks(kept)
         except Missing as reason:
@@ -285,20 +300,31 @@ class Bench:
         found = []
         for peer in names:
             try:
-                found.append(Provider(peer, mode, PEERS[peer](shape, *qkv, kept), kept))
+                found.append(Provider(peer, mode, self._peer_s_call(peer, shape, qkv, kept), kept))
             except Missing as reason:
                 self.missing.append(f"{name}, {mode}: {peer}: {reason}")
         return found
 
+    def _peer_s_call(self, peer: str, shape: Shape, qkv, kept: KeptTiles | None) -> Call:
+        return PEERS[peer](shape, *qkv, kept)
+
+    def _sampled_error(self, shape: Shape, qkv, out: torch.Tensor, kept) -> tuple[float, float]:
+        return sampled_error(shape, *qkv, out, kept)
+
+    def _out_shape(self, shape: Shape) -> tuple[int, ...]:
+        return (shape.batch, shape.seqlen, shape.heads_q, shape.head_dim_v)
+
     def _check(self, name: str, shape: Shape, qkv, provider: Provider) -> bool:
+        def error_over(kept) -> tuple[float, float]:
+            return self._sampled_error(shape, qkv, out, kept)
+
         try:
             with timing.phase(f"check {provider.label}"):
                 out = provider.call()
-                error = checked_error(shape, *qkv, out, provider.kept)
+                error = checked_error(self._out_shape(shape), out, lambda: error_over(provider.kept))
                 self._write(name, provider, "error", timing.once(error))
                 if provider.kept is not None:
-                    dense, _ = sampled_error(shape, *qkv, out, None)
-                    self._write(name, provider, "error_dense", timing.once(dense))
+                    self._write(name, provider, "error_dense", timing.once(error_over(None)[0]))
         except Missing as reason:
             self.missing.append(f"{name}, {provider.mode}: {provider.name}: {reason}")
             return False
@@ -321,8 +347,7 @@ class Bench:
         for provider in providers:
             found = timing.quantiles(times[provider.label])
             self._write(name, provider, "time", found)
-            rates = timing.Quantiles(*(flops(shape) / (ms * 1e9) for ms in reversed(found)))
-            self._write(name, provider, "rate", rates)
+            self._write(name, provider, *self._rate(shape, found))
         first = providers[0]
         with timing.phase(f"state {name}"):
             state = timing.state_under_load(first.call, timing.quantiles(times[first.label]).p50)
@@ -330,8 +355,47 @@ class Bench:
         for metric, value in state.items():
             self._write(name, gpu, metric, timing.once(value))
 
+    def _rate(self, shape: Shape, times: timing.Quantiles) -> tuple[str, timing.Quantiles]:
+        """The metric of the work per time, and its quantiles from those of the time in ms."""
+        return "rate", timing.Quantiles(*(flops(shape) / (ms * 1e9) for ms in reversed(times)))
+
     def _write(self, case: str, provider: Provider, metric: str, found: timing.Quantiles) -> None:
-        self.writer.write(rows.row(self.origin, "prefill", provider.name, case, provider.mode, metric, found))
+        self.writer.write(rows.row(self.origin, self.op, provider.name, case, provider.mode, metric, found))
+
+
+class DecodeBench(Bench):
+    """The same for decode: shapes are `decode.DecodeShape`, inputs `decode.DecodeInputs`."""
+
+    op = "decode"
+    kept_tiles = decode.KeptDecodeTiles
+
+    def _inputs(self, shape: decode.DecodeShape, structured: bool) -> decode.DecodeInputs:
+        make = decode.structured_inputs if structured else decode.random_inputs
+        return make(shape, DTYPE, self.device)
+
+    def _ours(self, shape: decode.DecodeShape, inputs: decode.DecodeInputs) -> Call:
+        return decode.ours(inputs)
+
+    def _sparse(self, name, shape, inputs, attention: Call, target: float) -> list[Provider]:
+        return [self._skipping(attention, target)]
+
+    def _peer_s_call(self, peer: str, shape: decode.DecodeShape, inputs: decode.DecodeInputs, kept) -> Call:
+        return decode.PEERS[peer](shape, inputs)
+
+    def _sampled_error(self, shape, inputs, out: torch.Tensor, kept) -> tuple[float, float]:
+        return decode.sampled_error(shape, inputs, out, kept)
+
+    def _out_shape(self, shape: decode.DecodeShape) -> tuple[int, ...]:
+        return (shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim_v)
+
+    def _check(self, name: str, shape: decode.DecodeShape, inputs, provider: Provider) -> bool:
+        return provider.name == decode.COPY or super()._check(name, shape, inputs, provider)
+
+    def _rate(self, shape: decode.DecodeShape, times: timing.Quantiles) -> tuple[str, timing.Quantiles]:
+        return "bandwidth", timing.Quantiles(*(shape.kv_bytes / (ms * 1e9) for ms in reversed(times)))
+
+
+BENCHES = {"prefill": Bench, "decode": DecodeBench}
 
 
 # ---- Where and what ------------------------------------------------------------------------------------------------
@@ -413,12 +477,14 @@ def progress(jobs: list, shown: bool) -> tuple[Iterable, Callable[[str], None]]:
 # ---- The command ---------------------------------------------------------------------------------------------------
 
 
-def list_of_peers(text: str) -> tuple[str, ...]:
-    names = tuple(name for name in text.split(",") if name)
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
-    return names
+PEERS_OF = {"prefill": tuple(PEERS), "decode": tuple(decode.PEERS)}
+CASES_OF = {"prefill": CASES, "decode": decode.CASES}
+TABLES_OF = {"prefill": TABLES, "decode": decode.TABLES}
+LONG_OF = {"prefill": LONG, "decode": decode.LONG}
+
+
+def list_of_names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def list_of_sparsities(text: str) -> tuple[float, ...]:
@@ -433,34 +499,38 @@ def list_of_sparsities(text: str) -> tuple[float, ...]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m profiling.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("op", choices=("prefill", "decode"))
-    parser.add_argument("--case", help="one case by name; default: the published tables, or 64K with --sparsity")
-    parser.add_argument("--peers", type=list_of_peers, default=tuple(PEERS), help=f"of {','.join(PEERS)}; '' for none")
+    parser.add_argument("op", choices=tuple(BENCHES))
+    parser.add_argument("--case", help="one case by name; default: the tables, or with --sparsity the long ones")
+    known = "; ".join(f"{op}: {','.join(names)}" for op, names in PEERS_OF.items())
+    parser.add_argument("--peers", type=list_of_names, help=f"'' for none; default: all ({known})")
     parser.add_argument("--sparsity", type=list_of_sparsities, help="shares of tiles to skip, on structured input")
     parser.add_argument("--out", type=Path, help="folder of the rows; default: profiling/results/<gpu>")
     options = parser.parse_args(arguments)
-    if options.op == "decode":
-        parser.error("there is no decode kernel yet; supported: prefill")
-    if options.case is not None and options.case not in CASES:
-        parser.error(f"unknown case {options.case!r}; there are {', '.join(CASES)}")
+    peers, cases = PEERS_OF[options.op], CASES_OF[options.op]
+    options.peers = peers if options.peers is None else options.peers
+    unknown = [name for name in options.peers if name not in peers]
+    if unknown:
+        parser.error(f"unknown peer {', '.join(unknown)}; there are {', '.join(peers)}")
+    if options.case is not None and options.case not in cases:
+        parser.error(f"unknown case {options.case!r}; there are {', '.join(cases)}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.case is not None:
-        cases = {options.case: CASES[options.case]}
+        cases = {options.case: CASES_OF[options.op][options.case]}
     else:
-        cases = LONG if options.sparsity is not None else TABLES
+        cases = (LONG_OF if options.sparsity is not None else TABLES_OF)[options.op]
     try:
         gpu = gpu_name()
         folder = options.out or rows.RESULTS / rows.folder_name(gpu)
-        writer = rows.Writer(folder / "prefill.jsonl")
+        writer = rows.Writer(folder / f"{options.op}.jsonl")
     except (RuntimeError, OSError, rows.BadRow) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False  # the check is against float32
-    bench = Bench(writer, find_origin(gpu), timing.EventTimer(), "cuda", options.peers)
+    bench = BENCHES[options.op](writer, find_origin(gpu), timing.EventTimer(), "cuda", options.peers)
     jobs, show = progress(list(cases.items()), shown=sys.stderr.isatty())
     for name, shape in jobs:
         show(name)

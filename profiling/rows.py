@@ -7,7 +7,8 @@ A row is one number: its median and quantiles over repeated runs (all three equa
     case      name of a case (profiling/bench.py)
     mode      "dense" on random input; on structured input "structured, dense", or "sparsity 0.75": that share of the
               tiles was to be skipped
-    metric    time (ms), rate (TFLOP/s of the dense work), error (relative L2 against fp32, same tiles),
+    metric    time (ms), rate (TFLOP/s of the dense work), bandwidth (TB/s, of decode: bytes of K and V, each once, per
+              time; a copy's are those that it reads and writes), error (relative L2 against fp32, same tiles),
               error_dense (the same against all tiles), sparsity (share skipped of the tiles visited),
               threshold (lambda), import, first_call (s), host_time (us per warm call), sm_clock (MHz),
               memory_clock (MHz), power (W), temperature (C)
@@ -27,6 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 UNITS = {
     "time": "ms",
     "rate": "TFLOP/s",
+    "bandwidth": "TB/s",
     "error": "relative L2",
     "error_dense": "relative L2",
     "sparsity": "share",

@@ -57,6 +57,11 @@ def torch_attention(shape, q, k, v, kept):
     return call
 
 
+def checked_error(shape, q, k, v, out, kept):
+    expected = (shape.batch, shape.seqlen, shape.heads_q, shape.head_dim_v)
+    return bench.checked_error(expected, out, lambda: bench.sampled_error(shape, q, k, v, out, kept))
+
+
 # ---- Cases ---------------------------------------------------------------------------------------------------------
 
 
@@ -225,16 +230,16 @@ def attended(shape: Shape, threshold: float | None = None):
 @pytest.mark.parametrize("shape", [SHAPE, SHAPE._replace(causal=False), SHAPE._replace(window_left=100)])
 def test_a_right_result_passes_and_a_wrong_one_does_not(shape):
     qkv, got = attended(shape)
-    error = bench.checked_error(shape, *qkv, got.out, None)
+    error = checked_error(shape, *qkv, got.out, None)
     assert 0 < error < 1e-2
     with pytest.raises(bench.Wrong, match="relative error"):
-        bench.checked_error(shape, *qkv, got.out * 1.02, None)
+        checked_error(shape, *qkv, got.out * 1.02, None)
     with pytest.raises(bench.Wrong, match="relative error"):
-        bench.checked_error(shape._replace(causal=not shape.causal), *qkv, got.out, None)
+        checked_error(shape._replace(causal=not shape.causal), *qkv, got.out, None)
     with pytest.raises(bench.Wrong, match="not finite"):
-        bench.checked_error(shape, *qkv, got.out.index_fill(1, torch.tensor([77]), math.nan), None)
+        checked_error(shape, *qkv, got.out.index_fill(1, torch.tensor([77]), math.nan), None)
     with pytest.raises(bench.Wrong, match="shape"):
-        bench.checked_error(shape, *qkv, got.out[:, 1:], None)
+        checked_error(shape, *qkv, got.out[:, 1:], None)
 
 
 def kept_tiles(stats: cute_sparse.Stats) -> KeptTiles:
@@ -245,9 +250,9 @@ def test_skipped_tiles_are_left_out_of_the_expectation():
     shape = SHAPE._replace(seqlen=1024)
     qkv, got = attended(shape, threshold=0.9)
     assert bench.skipped_share(got.stats) > 0.2
-    bench.checked_error(shape, *qkv, got.out, kept_tiles(got.stats))
+    checked_error(shape, *qkv, got.out, kept_tiles(got.stats))
     with pytest.raises(bench.Wrong, match="relative error"):
-        bench.checked_error(shape, *qkv, got.out, None)
+        checked_error(shape, *qkv, got.out, None)
 
 
 # ---- A run ---------------------------------------------------------------------------------------------------------
@@ -403,7 +408,8 @@ def test_a_backend_that_pytorch_does_not_have_here_is_missing_rather_than_failed
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["decode"], "no decode kernel yet; supported: prefill"),
+        (["decode", "--case", "d128-2k-causal"], "unknown case 'd128-2k-causal'; there are b1-4k-32q8kv"),
+        (["decode", "--peers", "cudnn"], "unknown peer cudnn; there are copy, flash, fa4, flashinfer"),
         (["prefill", "--case", "none"], "unknown case 'none'; there are d128-2k-causal"),
         (["prefill", "--peers", "cudnn,xformers"], "unknown peer xformers; there are cudnn, flash, fa4, flex"),
         (["prefill", "--sparsity", "0,x"], "not a list of numbers"),
