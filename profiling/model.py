@@ -31,7 +31,6 @@ import heapq
 import importlib
 import itertools
 import math
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ from profiling.peers import Missing, Shape
 ARCHES = tuple(emulator.ARCHES)
 BLOCK = 512  # query tokens of a piece; a multiple of every kernel's work tile
 BLOCK_192 = 768  # the same where a work tile has 192 rows
-KEYS = (512, 1024, 2048)  # of the pieces
+KEYS = (512, 1152, 2048)  # of the pieces: no multiples of 256, so that a tile of 128 is told from one of 256
 WINDOW_KEYS = (1536,)
 PERSISTENT_KEYS, MANY_TILES = 1024, 4  # work tiles, at least, of the CTA that does several
 CLUSTERS_TIMED = 16  # of a piece, evenly spread
@@ -135,11 +134,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of a launch's clusters, timed. clusters: how many it has. ctas: of a cluster. roles: of a CTA's warps."""
+    """Some of a launch's clusters, timed. clusters: how many it has. ctas: of a cluster. keys: with how many the rows
+    were multiplied on average, whole tiles of them. roles: of a CTA's warps."""
 
     estimates: tuple[Estimate, ...]
     clusters: int
     ctas: int
+    keys: float
     roles: tuple[str, ...]
 
     @property
@@ -228,7 +229,9 @@ def piece(provider: str, arch: str, kind: Kind, seqlen_k: int, heads_kv: int = 1
         clusters = timing.traced_clusters(device)
         step = max(1, clusters // CLUSTERS_TIMED)
         estimates = tuple(timing.estimate(device, chip, cluster=c) for c in range(0, clusters, step))
-        return Piece(estimates, clusters, math.prod(launch.cluster), timing.roles(launch))
+        rows = kind.block * kind.group * heads_kv
+        keys = sum(launch.counts.macs.values()) / (rows * (kind.head_dim + kind.head_dim_v))
+        return Piece(estimates, clusters, math.prod(launch.cluster), keys, timing.roles(launch))
 
 
 # ---- From pieces to launches ---------------------------------------------------------------------------------------
@@ -236,17 +239,21 @@ def piece(provider: str, arch: str, kind: Kind, seqlen_k: int, heads_kv: int = 1
 
 @dataclass(frozen=True)
 class Line:
-    """A kernel's clusters: cycles(keys) = fixed + per_key * keys. clusters: of one block of one KV head. saved: cycles
-    that a CTA's second and further work tiles take less (more, if negative)."""
+    """A kernel's clusters: cycles = fixed + per_key * keys, where keys are rounded up to whole tiles of `tile` (0: on
+    average there are `beyond` more of them than asked for). clusters: of one block of one KV head. saved: cycles that
+    a CTA's second and further work tiles take less (more, if negative)."""
 
     fixed: float
     per_key: float
     clusters: int
     ctas: int
     saved: float
+    tile: int = 0
+    beyond: float = 0
 
     def cycles(self, keys: int) -> float:
-        return self.fixed + self.per_key * keys
+        multiplied = -(-keys // self.tile) * self.tile if self.tile else keys + self.beyond
+        return self.fixed + self.per_key * multiplied
 
 
 @cache
@@ -255,11 +262,21 @@ def line(provider: str, arch: str, kind: Kind) -> Line:
     first = pieces[0]
     if any((p.clusters, p.ctas) != (first.clusters, first.ctas) for p in pieces):
         raise RuntimeError(f"{provider} changes its grid with the number of keys: {kind}")
-    fixed, per_key = _straight(kind.keys, [p.cycles for p in pieces])
-    return Line(fixed, per_key, first.clusters, first.ctas, _saved(provider, arch, kind, first))
+    multiplied = [p.keys for p in pieces]
+    fixed, per_key = _straight(multiplied, [p.cycles for p in pieces])
+    tile = 0 if kind.causal else _tile(kind.keys, multiplied)
+    beyond = sum(multiplied) / len(multiplied) - sum(kind.keys) / len(kind.keys)
+    saved = _saved(provider, arch, kind, first)
+    return Line(fixed, per_key, first.clusters, first.ctas, saved, tile, beyond)
 
 
-def _straight(x: tuple[int, ...], y: list[float]) -> tuple[float, float]:
+def _tile(asked: tuple[int, ...], multiplied: list[float]) -> int:
+    """The keys of a KV tile, by what whole tiles of them come to; 0 if no size explains it."""
+    sizes = (n for n in range(256, 0, -16) if all(-(-a // n) * n == m for a, m in zip(asked, multiplied, strict=True)))
+    return next(sizes, 0)
+
+
+def _straight(x: list[float], y: list[float]) -> tuple[float, float]:
     """Least squares; a constant if there is one point."""
     if len(x) == 1:
         return y[0], 0.0
@@ -442,5 +459,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUTE_SPARSE_CACHE", "0")  # the emulator must know the PTX of what it runs
     sys.exit(main())
