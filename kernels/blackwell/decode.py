@@ -197,8 +197,8 @@ class Decode:
     Narrow and wide. With more than 32 packed rows a softmax thread owns a row, its tensor-memory lane. With at most 32
     (a query group of 8 with up to 4 queries) the rows of Q are laid down four times, once for the lanes of each warp:
     each warp takes a quarter of a tile's keys, the 16 of one instruction of P V, and that instruction updates O in the
-    warp's lanes alone (so that what V has for other keys, be it inf, does not meet the zeros of P there). At a segment's
-    end the four quarters of O are added up, like splits.
+    warp's lanes alone (so that V of other keys, be it inf, does not meet the zeros of P there). At a segment's end the
+    four quarters of O are added up, like splits.
 
     Pipelines (producer -> consumer: slots; what completes it: arrivals)
       q        load_q -> score_mma: 1; full: 1; empty: 1 commit of the segment's last Q K^T
@@ -556,8 +556,9 @@ class Decode:
                             # If narrow, each step is the first of its own lanes.
                             accumulate = started if step == 0 else started | ~op.narrow
                             disabled = [Int32(0) if warp == step else others for warp in range(WARPS_PER_GROUP)]
+                            v_step = v_first + v.steps[step]
                             _issue_in_lanes(
-                                base + plan.output, p_step, v_first + v.steps[step], self.o_instruction, accumulate, disabled
+                                base + plan.output, p_step, v_step, self.o_instruction, accumulate, disabled
                             )
                         umma.commit(pipes.v.empty(v_cursor))
                         umma.commit(pipes.p.empty(p_cursor))
@@ -686,17 +687,14 @@ class Decode:
         tmem.wait_stores()
 
     @cute.jit
-    def _scores(
-        self, op: Operands, cursor: Cursor, place, band, n_block: Int32, masked: Boolean, scores, tile_max
-    ):
+    def _scores(self, op: Operands, cursor: Cursor, place, band, n_block: Int32, masked: Boolean, scores, tile_max):
         """This thread's part of a tile into `scores`, capped and masked, and their maximum."""
         plan, columns = self.config.tmem, place.columns
         address = place.lane + plan.scores + cursor.index * plan.scores_stride + place.first_column
         values = tmem.load_row(address, columns, min(columns, FRAGMENT))
         if const_expr(self.problem.softcap):
             values = [cute.math.tanh(s * op.decode.scale.tanh_scale, fastmath=True) for s in values]
-        for i in cutlass.range_constexpr(columns):
-            scores[i] = values[i]
+        _fill(scores, values)
         if masked:
             band.hide(scores, range(columns), place.q_idx, n_block * self.config.tile_n + place.first_column)
         tile_max[0] = tile_maximum([scores[i] for i in range(columns)])
@@ -941,8 +939,8 @@ class Decode:
         row_max,
         row_sum,
     ):
-        """Lane l of warp w has the quarter w of row l. They are added up, some columns at a time, through shared memory,
-        where thread t takes the columns 4 (t mod 4) on of row t / 4."""
+        """Lane l of warp w has the quarter w of row l. They are added up, some columns at a time, through shared
+        memory, where thread t takes the columns 4 (t mod 4) on of row t / 4."""
         config, results, sSum = self.config, op.results, tiles.sSum
         warp, own_row = thread // THREADS_PER_WARP, thread % THREADS_PER_WARP
         row, first_column = thread // WARPS_PER_GROUP, thread % WARPS_PER_GROUP * WORDS_PER_THREAD
@@ -962,9 +960,7 @@ class Decode:
             part.fill(0.0)
             if kept:
                 columns = tmem.load_row(lane + config.tmem.output + first, SUM_COLUMNS, SUM_COLUMNS)
-                columns = multiply_row(columns, weight)
-                for i in cutlass.range_constexpr(SUM_COLUMNS):
-                    part[i] = columns[i]
+                _fill(part, multiply_row(columns, weight))
             cute.autovec_copy(part, sSum[None, own_row, warp])
             if const_expr(first + SUM_COLUMNS == config.head_dim_v):
                 self._done(pipes)
@@ -1087,6 +1083,11 @@ def _visited(segment: Segment):
     return cutlass.select_(segment.visible, cutlass.max(segment.end - segment.begin, 0), Int32(0))
 
 
+def _fill(registers: cute.Tensor, values: list) -> None:
+    for i, value in enumerate(values):
+        registers[i] = value
+
+
 def _merged(sSum: cute.Tensor, row):
     """(reference, sum) of a row over its quarters, whose sums and references are in columns 0 and 1."""
     sums, maxima = ([sSum[column, row, quarter] for quarter in range(WARPS_PER_GROUP)] for column in (0, 1))
@@ -1141,7 +1142,7 @@ def _issue_in_lanes(
     """`umma.issue_from_tensor`, but lanes of D keep what they hold where their bit in `disabled`, one word for each
     warp's lanes, is set."""
     words_type = ir.VectorType.get([len(disabled)], T.i32(), loc=loc)
-    words = vector.from_elements(words_type, [Int32(word).ir_value(loc=loc, ip=ip) for word in disabled], loc=loc, ip=ip)
+    masks = [Int32(word).ir_value(loc=loc, ip=ip) for word in disabled]
     nvvm.tcgen05_mma(
         nvvm.Tcgen05MMAKind.F16,
         nvvm.CTAGroupKind.CTA_1,
@@ -1150,7 +1151,7 @@ def _issue_in_lanes(
         b.ir_value(loc=loc, ip=ip),
         Int32(instruction).ir_value(loc=loc, ip=ip),
         Boolean(accumulate).ir_value(loc=loc, ip=ip),
-        disable_output_lane=words,
+        disable_output_lane=vector.from_elements(words_type, masks, loc=loc, ip=ip),
         loc=loc,
         ip=ip,
     )
