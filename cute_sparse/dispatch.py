@@ -547,12 +547,12 @@ class Kernel(NamedTuple):
 
 def compiled_kernel(problem: Problem, target: Target) -> Kernel:
     """The kernel of the target's architecture for `problem`: from memory, from disk, or compiled now."""
-    config, compile = _chosen_kernel(problem, target.arch)
+    config, compile = chosen_kernel(problem, target.arch)
     operands = OPERANDS[problem.kind]
     return Kernel(config, compiled.launcher(problem, config, target.arch, compile, operands, target.emulated))
 
 
-def _chosen_kernel(problem: Problem, arch: str) -> tuple[object, Callable]:
+def chosen_kernel(problem: Problem, arch: str) -> tuple[object, Callable]:
     """(config, compile function) for `problem`, or UnsupportedProblem."""
     kernel = _kernel_module(problem.kind, arch)
     if kernel is None:
@@ -628,7 +628,7 @@ def warmup(
     if arch is not None:
         if arch not in ROOM_OF_ARCH:
             raise ValueError(f"{arch=} must be one of {', '.join(ROOM_OF_ARCH)}")
-        config, compile = _chosen_kernel(problem, arch)
+        config, compile = chosen_kernel(problem, arch)
         compiled.compile_to_disk(problem, config, arch, compile)
         return
     if device is None and not torch.cuda.is_available():

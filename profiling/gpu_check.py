@@ -6,15 +6,16 @@ Steps, each a process of its own with a time limit, its output in DIR/log.txt; o
   2. the emulator against silicon
   3. compute-sanitizer on one case of every head dim, dense and skipping
   4. what a call costs the host
-  5. the benchmark's tables beside the peers, one case a step
-  6. sparsity at 64K
-  7. Nsight Compute on one dense and one skipping case
+  5. the benchmark's cases of most worth beside the peers, one a step, first of prefill, then of decode
+  6. sparsity: decode, and prefill at 64K
+  7. the rest of the benchmark's tables
+  8. Nsight Compute on one dense and one skipping case
 A call takes at most --budget seconds (9 minutes), and the next one goes on: DIR/state.json says which steps have ended
 with these sources. A step that has not ended in its limit, or that the budget cut off, is tried again; one that failed
 is not, unless named with --again. Steps of which the rest of the budget holds less than half the limit wait for the
 next call. Nothing is installed. DIR (profiling/results/<gpu> by default) holds at most 8 files of less than 16 MiB:
-state.json, log.txt, host.jsonl, prefill.jsonl and the profiler's. A DIR without a state begins as a copy of the
-default folder.
+state.json, log.txt, host.jsonl, prefill.jsonl, decode.jsonl and the profiler's. A DIR without a state begins as a copy
+of the default folder.
 
 Exit status: 0 when every step has ended and passed; 1 when one has failed; 3 when steps are left; 2 for no GPU.
 --dry-run prints the steps, what each needs and whether it is here, and runs none.
@@ -38,7 +39,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from profiling import bench, rows
+from profiling import bench, decode, rows
 
 ROOT = bench.ROOT
 BUDGET_S = 540.0
@@ -50,7 +51,12 @@ BENCH_CASES_BY_WORTH = (
     "d128-8k-causal", "d128-8k-full", "d128-16k-causal", "d128-4k-causal", "d256-16k-causal", "d192-128-8k-causal",
     "dit-17k-full", "d64-8k-window128",
 )  # fmt: skip
+DECODE_CASES_BY_WORTH = (
+    "b128-16k-32q8kv-pages", "b1-128k-32q8kv-pages", "b32-4k-32q8kv-pages", "one-256k-127-1k-32q8kv-pages",
+    "b8-32k-64q4kv-pages", "b1-512k-64q4kv", "b8-4k-32q8kv", "b1-4k-32q8kv-pages",
+)  # fmt: skip
 SPARSITIES = "0,0.25,0.5,0.75,0.9"
+DECODE_SPARSITIES = "0,0.5,0.73,0.9"
 
 
 @dataclass(frozen=True)
@@ -71,28 +77,38 @@ def steps(python: str = sys.executable) -> list[Step]:
         Step("tests", (*tests, "tests", "--ignore=tests/emulator"), 420.0),
         Step("tests-silicon", (*tests, "tests/emulator/test_silicon.py"), 300.0),
     ]
-    found += [sanitizer(python, case) for case in bench.SMALL]
+    found += [sanitizer(python, "prefill", case) for case in bench.SMALL]
+    found += [sanitizer(python, "decode", case) for case in decode.SMALL]
     found.append(Step("host", (python, "-m", "profiling.host", "--out", "{out}"), 120.0))
-    by_worth = dict.fromkeys([*BENCH_CASES_BY_WORTH, *bench.TABLES])
-    found += [Step(f"bench-{case}", bench_command(python, case), 150.0) for case in by_worth]
+    found += [bench_step(python, "prefill", case) for case in BENCH_CASES_BY_WORTH]
+    found += [bench_step(python, "decode", case) for case in DECODE_CASES_BY_WORTH]
     found += [
-        Step(f"bench-{case}-sparsity", (*bench_command(python, case), "--sparsity", SPARSITIES), 270.0)
-        for case in bench.LONG
+        Step(f"bench-{case}-sparsity", (*bench_command(python, op, case), "--sparsity", sparsities), 270.0)
+        for op, cases, sparsities in (
+            ("decode", decode.LONG, DECODE_SPARSITIES), ("prefill", bench.LONG, SPARSITIES),
+        )
+        for case in cases
     ]
+    found += [bench_step(python, "prefill", case) for case in bench.TABLES if case not in BENCH_CASES_BY_WORTH]
+    found += [bench_step(python, "decode", case) for case in decode.TABLES if case not in DECODE_CASES_BY_WORTH]
     found.append(profile(python, "d128-8k-causal", "dense"))
     found.append(profile(python, "d128-8k-causal", "sparsity", "--sparsity", "0.75"))
     return found
 
 
-def bench_command(python: str, case: str) -> tuple[str, ...]:
-    return (python, "-m", "profiling.bench", "prefill", "--case", case, "--out", "{out}")
+def bench_step(python: str, op: str, case: str) -> Step:
+    return Step(f"bench-{case}", bench_command(python, op, case), 150.0)
 
 
-def sanitizer(python: str, case: str) -> Step:
+def bench_command(python: str, op: str, case: str) -> tuple[str, ...]:
+    return (python, "-m", "profiling.bench", op, "--case", case, "--out", "{out}")
+
+
+def sanitizer(python: str, op: str, case: str) -> Step:
     """PyTorch's allocator would hide what lies beyond a tensor: without its cache, each is an allocation of its own."""
     command = (
         "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
-        python, "-m", "profiling.bench", "prefill", "--case", case, "--peers", "", "--sparsity", "0.25",
+        python, "-m", "profiling.bench", op, "--case", case, "--peers", "", "--sparsity", "0.25",
         "--out", "{scratch}",
     )  # fmt: skip
     environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), (bench.timing.PROFILED_VARIABLE, "1"))

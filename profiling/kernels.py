@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cute_sparse import compiled
-from cute_sparse.dispatch import CHOOSE_OPTIONS, ROOM_OF_ARCH
+from cute_sparse.dispatch import ROOM_OF_ARCH, chosen_kernel, has_kernel
 from cute_sparse.problem import Problem
 
 ARCHES = tuple(ROOM_OF_ARCH)
@@ -31,6 +30,25 @@ def prefill_problems() -> Iterator[Problem]:
     )  # fmt: skip
 
 
+def decode_problems() -> Iterator[Problem]:
+    """Head dims and sparsity in every combination, paged; and one problem with everything else, one contiguous."""
+    for head_dim, head_dim_v in HEAD_DIMS:
+        for sparsity in SPARSITIES:
+            yield Problem("decode", "bfloat16", head_dim, head_dim_v, mask="causal", sparsity=sparsity, page_size=64)
+    yield Problem("decode", "bfloat16", 128, 128, mask="causal")
+    yield Problem(
+        "decode", "float16", 128, 128, mask="band", softcap=True, sparsity="threshold", return_lse=True,
+        return_stats=True, page_size=16, share_max=True,
+    )  # fmt: skip
+
+
+def problems(arch: str) -> Iterator[Problem]:
+    """Of every kind of kernel that the architecture has."""
+    for kind, some in (("prefill", prefill_problems), ("decode", decode_problems)):
+        if has_kernel(kind, arch):
+            yield from some()
+
+
 @dataclass(frozen=True)
 class Compiled:
     arch: str
@@ -44,7 +62,9 @@ class Compiled:
     def name(self) -> str:
         p = self.problem
         dims = f"d{p.head_dim}" if p.head_dim == p.head_dim_v else f"d{p.head_dim}/{p.head_dim_v}"
-        extras = [name for name in ("varlen", "softcap", "return_lse", "return_stats") if getattr(p, name)]
+        extras = [f"page{p.page_size}"] if p.page_size else []
+        names = ("varlen", "softcap", "return_lse", "return_stats", "share_max")
+        extras += [name for name in names if getattr(p, name)]
         return " ".join([self.arch, p.kind, dims, p.dtype, p.mask, p.sparsity or "dense", *extras])
 
 
@@ -68,11 +88,9 @@ def kept_code() -> Iterator[None]:
 
 def compile_kernel(problem: Problem, arch: str) -> Compiled:
     """The kernel that dispatch would choose, compiled anew. Needs no GPU."""
-    room = ROOM_OF_ARCH[arch]
-    config = importlib.import_module(f"{room}.config").choose(problem, **CHOOSE_OPTIONS.get(arch, {}))
-    kernel = importlib.import_module(f"{room}.{problem.kind}")
+    config, compile = chosen_kernel(problem, arch)
     with kept_code():
         begin = time.perf_counter()
-        function = compiled.compile_now(problem, config, arch, kernel.compile)
+        function = compiled.compile_now(problem, config, arch, compile)
         seconds = time.perf_counter() - begin
     return Compiled(arch, problem, config, seconds, function.__ptx__, bytes(function.__cubin__))

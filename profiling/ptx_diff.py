@@ -24,8 +24,9 @@ import json, sys
 from profiling import kernels
 match, arches = sys.argv[1], sys.argv[2:]
 found = {}
+problems = getattr(kernels, "problems", lambda arch: kernels.prefill_problems())  # earlier revisions have no other
 for arch in arches or kernels.ARCHES:
-    for problem in kernels.prefill_problems():
+    for problem in problems(arch):
         name = kernels.Compiled(arch, problem, None, 0, "", b"").name
         if match in name:
             found[name] = kernels.compile_kernel(problem, arch).ptx

@@ -201,7 +201,7 @@ def main() -> int:
     print(f"{'kernel':60}", *(f"{name.replace('_', ' ')[:14]:>14}" for name in columns))
     bad = 0
     for arch in options.arch or kernels.ARCHES:
-        for problem in kernels.prefill_problems():
+        for problem in kernels.problems(arch):
             label = kernels.Compiled(arch, problem, None, 0, "", b"").name
             if options.match not in label:
                 continue

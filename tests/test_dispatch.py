@@ -379,7 +379,7 @@ def test_each_kind_of_problem_is_compiled_once_whatever_the_sizes(monkeypatch):
     monkeypatch.setattr(dispatch, "_plans", {})
     monkeypatch.setattr(dispatch, "_target", lambda device: FakeTarget())
     config = SimpleNamespace(geometry=GEOMETRY)
-    monkeypatch.setattr(dispatch, "_chosen_kernel", lambda problem, arch: ("config", lambda problem, config: None))
+    monkeypatch.setattr(dispatch, "chosen_kernel", lambda problem, arch: ("config", lambda problem, config: None))
     monkeypatch.setattr(
         dispatch,
         "compiled_kernel",
@@ -457,7 +457,7 @@ def test_every_declared_head_dim_and_the_rest_has_a_config(arch, kind):
     for pair in head_dims:
         for sparsity in (None, "threshold"):
             problem = Problem(kind, "bfloat16", int(pair[0]), int(pair[-1]), "causal", sparsity=sparsity)
-            config, _ = dispatch._chosen_kernel(problem, arch)
+            config, _ = dispatch.chosen_kernel(problem, arch)
             assert config.geometry.tile_rows in (64, 128)
             hash((problem, config))
 
@@ -466,7 +466,7 @@ def test_every_declared_head_dim_and_the_rest_has_a_config(arch, kind):
 def test_an_architecture_without_a_kernel_is_refused_by_name(monkeypatch, kind):
     monkeypatch.setattr(dispatch, "_kernel_module", lambda kind, arch: object() if arch == "sm_90a" else None)
     with pytest.raises(UnsupportedProblem, match=f"no {kind} kernel for sm_100a; there is one for sm_90a"):
-        dispatch._chosen_kernel(Problem(kind, "bfloat16", 64, 64), "sm_100a")
+        dispatch.chosen_kernel(Problem(kind, "bfloat16", 64, 64), "sm_100a")
 
 
 # ---- Devices ----

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from profiling import bench, gpu_check, rows
+from profiling import bench, decode, gpu_check, rows
 from profiling.gpu_check import FAILED, PASSED, TIMED_OUT, UNAVAILABLE, State, Step
 
 
@@ -177,10 +177,15 @@ def test_the_steps_are_ordered_by_worth_and_cover_every_table():
     names = [step.name for step in gpu_check.steps("python3")]
     assert len(set(names)) == len(names)
     assert names[:3] == ["tests", "tests-silicon", "memcheck-small-d64"]
-    assert {f"bench-{case}" for case in bench.TABLES} <= set(names)
+    assert {f"bench-{case}" for case in (*bench.TABLES, *decode.TABLES)} <= set(names)
+    assert {f"memcheck-{case}" for case in (*bench.SMALL, *decode.SMALL)} <= set(names)
     kinds = [name.split("-")[0] for name in names]
     assert sorted(set(kinds), key=kinds.index) == ["tests", "memcheck", "host", "bench", "ncu"]
-    assert names.index("bench-d128-64k-causal-sparsity") > max(names.index(f"bench-{case}") for case in bench.TABLES)
+    worth = (*gpu_check.BENCH_CASES_BY_WORTH, *gpu_check.DECODE_CASES_BY_WORTH)
+    sparse = [names.index(f"bench-{case}-sparsity") for case in (*decode.LONG, *bench.LONG)]
+    assert max(names.index(f"bench-{case}") for case in worth) < min(sparse)
+    rest = [case for case in (*bench.TABLES, *decode.TABLES) if case not in worth]
+    assert max(sparse) < min(names.index(f"bench-{case}") for case in rest)
     for step in gpu_check.steps("python3"):
         assert step.limit_s <= gpu_check.BUDGET_S
 

@@ -111,6 +111,12 @@ def test_skipping_gives_rows_of_the_threshold_and_the_share_that_it_skips(tmp_pa
     assert ("structured, dense", "bandwidth") in found
 
 
+def test_a_small_case_can_skip_the_share_that_memory_is_checked_with(tmp_path, quick):
+    run = bench.DecodeBench(rows.Writer(tmp_path / "decode.jsonl"), ORIGIN, GivenTimer(), "cpu", [])
+    run.run("small", decode.SMALL["decode-small-d64"], (0.25,))
+    assert not run.failures
+
+
 def test_a_wrong_result_is_not_timed(tmp_path, quick, monkeypatch):
     def wrong(shape: DecodeShape, inputs: DecodeInputs):
         return lambda: decode.ours(inputs)() * 1.05

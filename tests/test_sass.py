@@ -11,6 +11,8 @@ PROBLEMS = {
     "dense": Problem("prefill", "bfloat16", 128, 128, mask="causal"),
     "threshold": Problem("prefill", "bfloat16", 128, 128, mask="causal", sparsity="threshold"),
     "wide": Problem("prefill", "bfloat16", 256, 256, mask="full"),
+    "decode, dense": Problem("decode", "bfloat16", 128, 128, mask="causal", page_size=64),
+    "decode, threshold": Problem("decode", "bfloat16", 128, 128, mask="causal", sparsity="threshold", page_size=64),
 }
 
 
