@@ -25,7 +25,7 @@ import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 from cute_sparse.kernels.blackwell import config as blackwell_config
 from cute_sparse.kernels.blackwell import exp2
-from cute_sparse.kernels.blackwell.prefill import DECISIONS, TILE_SLOTS, Prefill
+from cute_sparse.kernels.blackwell.prefill import DECISIONS, Prefill
 from cutlass import Float32, Int32
 
 from cute_sparse import emulator
@@ -123,15 +123,23 @@ def test_neither_spills_nor_local_memory(arch, tmp_path):
 def test_a_dense_kernel_contains_no_vote():
     dense, sparse = compiled_ptx([problem(64, sparsity=sparsity) for sparsity in SPARSITIES], "sm_100a")
     assert "red.or.pred" in sparse and "red.or.pred" not in dense
-    # Nor the barriers that tell of it; a dense kernel has two for each slot of its ring of work tiles instead.
-    assert sparse.count("mbarrier.init") - dense.count("mbarrier.init") == 2 * DECISIONS - 2 * TILE_SLOTS
+    # Nor the barriers that tell of it.
+    assert sparse.count("mbarrier.init") - dense.count("mbarrier.init") == 2 * DECISIONS
+
+
+ONE_CTA = {name: CASES[name] for name in ("packed", "head dim 64", "head dim 96", "skip", "skip, head dim 64")} | {
+    "skip, packed, full": Case(lengths_q=(300, 0, 65), lengths_k=(600, 40, 0), packed=True, threshold=0.05),
+    "skip, one query tile": Case(
+        lengths_q=(300,), lengths_k=(700,), head_dim=256, head_dim_v=256, threshold=0.05, mixed=True
+    ),
+}
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["packed", "head dim 64", "head dim 96"])
+@pytest.mark.parametrize("name", ONE_CTA)
 def test_one_cta_that_computes_all_work_tiles(name, order, configured):
     configured(ctas=1)
-    case = CASES[name]
+    case = ONE_CTA[name]
     inputs = make_inputs(case)
     with cute_sparse.emulated("sm_100a", order=order, seed=3) as device:
         got = call(case, inputs, return_lse=True, return_stats=True)
@@ -178,9 +186,9 @@ def test_what_a_config_cannot_do_for_a_problem_is_refused_by_name():
     for fields in (dict(sparsity="threshold"), dict(varlen=True), dict(mask="band")):
         with pytest.raises(NotImplementedError, match="pairs of CTAs compute dense problems"):
             Prefill(problem(**fields), pair)
-    alone = blackwell_config.choose(problem(sparsity="threshold"))
+    sparse = problem(sparsity="threshold", mask="causal")
     with pytest.raises(NotImplementedError, match="one work tile"):
-        Prefill(problem(sparsity="threshold"), dataclasses.replace(alone, ctas=2))
+        Prefill(sparse, dataclasses.replace(blackwell_config.choose(sparse), ctas=2))
 
 
 @pytest.mark.parametrize("share", [0, 2, 3, 4])

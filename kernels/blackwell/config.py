@@ -162,11 +162,19 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[PrefillConfig]:
     return [config for config in configs if config is not None]
 
 
-# What ptxas 13.0 compiles without spilling in a loop over KV tiles. The state of the vote and of the next work tile
-# together do not fit beside a row of scores, so a sparse kernel leaves the order of its work tiles to the hardware's
-# block scheduler.
+# What ptxas 13.0 compiles without spilling in a loop over KV tiles. With a mask, the state of the vote and of the next
+# work tile do not fit beside a row of scores (C7600 at 208 registers, or up to 84 bytes spilled), nor with a softcap on
+# packed sequences (28 bytes): such a kernel leaves the order of its work tiles to the hardware's block scheduler.
 _TWO_TILES_DENSE = dict(registers_softmax=192, registers_correction=64, registers_other=64)
-_TWO_TILES_SPARSE = dict(registers_softmax=200, registers_correction=48, registers_other=64, ctas=0)
+_TWO_TILES_SPARSE = dict(registers_softmax=208, registers_correction=48, registers_other=48)
+_ONE_TILE = dict(registers_softmax=240, registers_correction=112, registers_other=128)
+
+
+def may_stay(problem: Problem) -> bool:
+    """Whether CTAs may take work tile after work tile."""
+    if problem.sparsity is None:
+        return True
+    return problem.mask == "full" and not (problem.varlen and problem.softcap)
 
 
 def _pairs(problem: Problem) -> tuple[bool, ...]:
@@ -176,12 +184,6 @@ def _pairs(problem: Problem) -> tuple[bool, ...]:
     """
     wide = min(problem.head_dim, problem.head_dim_v) > 112
     return (False, True) if wide and problem.mask != "band" and not (problem.sparsity or problem.varlen) else (False,)
-
-
-def _two_tiles_registers(problem: Problem) -> dict[str, int]:
-    if problem.sparsity is None:
-        return _TWO_TILES_DENSE
-    return _TWO_TILES_DENSE | dict(ctas=0) if problem.mask == "full" else _TWO_TILES_SPARSE
 
 
 def _two_query_tiles(problem: Problem, exp2_emulated: int, pair: bool) -> PrefillConfig | None:
@@ -204,7 +206,8 @@ def _two_query_tiles(problem: Problem, exp2_emulated: int, pair: bool) -> Prefil
         p_early_columns=96,
         exp2_emulated=exp2_emulated,
         cta_pair=pair,
-        **_two_tiles_registers(problem),
+        ctas=SMS if may_stay(problem) else 0,
+        **(_TWO_TILES_SPARSE if problem.sparsity else _TWO_TILES_DENSE),
     )
 
 
@@ -229,11 +232,9 @@ def _one_query_tile(problem: Problem, exp2_emulated: int, pair: bool) -> Prefill
         v_stages=stages[1],
         p_early_columns=96,
         exp2_emulated=exp2_emulated,
-        registers_softmax=240,
-        registers_correction=112,
-        registers_other=128,
-        ctas=0 if problem.sparsity else SMS,
+        ctas=SMS if may_stay(problem) else 0,
         cta_pair=pair,
+        **_ONE_TILE,
     )
 
 

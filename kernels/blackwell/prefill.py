@@ -23,6 +23,7 @@ from cute_sparse.kernels.blackwell.config import (
     WARPS_PER_GROUP,
     PrefillConfig,
     choose,
+    may_stay,
 )
 from cute_sparse.kernels.blackwell.softmax import (
     RowSoftmax,
@@ -287,8 +288,12 @@ class Prefill:
     def _check_supported(self) -> None:
         """Raise `NotImplementedError` for a config that can not run the problem; `config.candidates` has none."""
         problem, config = self.problem, self.config
-        if self.sparse and config.ctas > 0:
-            raise NotImplementedError(f"{config.ctas=} with sparsity: a sparse kernel's CTAs take one work tile, 0")
+        if config.ctas > 0 and not may_stay(problem):
+            raise NotImplementedError(
+                f"{config.ctas=} with {problem.sparsity=}, {problem.mask=}, {problem.varlen=}, {problem.softcap=}: "
+                "registers suffice for one work tile per CTA, ctas=0; for more with a full mask, and not both varlen "
+                "and softcap"
+            )
         if config.cta_pair and (self.sparse or problem.varlen or problem.mask == "band"):
             raise NotImplementedError(
                 f"{config.cta_pair=} with {problem.sparsity=}, {problem.varlen=}, {problem.mask=}: "
