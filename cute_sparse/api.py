@@ -181,8 +181,8 @@ def decode(
     return_stats  `AttentionOutput.stats` is a `DecodeStats`
     The other arguments are `attention`'s. lse is (batch, heads_q, seqlen_q).
 
-    NaN and infinities propagate as in `attention`, but for an infinite value in V, which on Blackwell gives NaN. What
-    the caches hold where no query looks does not matter: behind a length, before a window, in a page of no sequence.
+    NaN and infinities propagate as in `attention`. What the caches hold where no query looks does not matter: behind a
+    length, before a window, in a page of no sequence.
     Lengths, page table and a threshold tensor may be updated between CUDA-graph replays. On a GPU their values are not
     checked, because that would wait for the device: a length counts as at least 0 and at most the capacity, and a page
     that does not exist reads as zeros. On a CPU they are a ValueError.
