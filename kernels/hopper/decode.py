@@ -62,6 +62,7 @@ SUPPORTS = frozenset(
 )
 
 LOAD_K_WARP, LOAD_V_WARP, LOAD_Q_WARPS = 0, 1, (2, 3)  # of the first warpgroup
+LOAD_Q_THREADS = 32 * len(LOAD_Q_WARPS)
 WARP_ROWS = WARPGROUP_ROWS // WARPGROUP_WARPS
 VECTOR = 8  # 16-bit elements that a thread moves at a time
 SKIP_MAP_KEPT, SKIP_MAP_SKIPPED = 1, 2
@@ -149,7 +150,7 @@ class HopperDecode:
     Roles
       load_k  warp 0: K tiles by TMA, as far ahead as the ring goes
       load_v  warp 1: V tiles by TMA; with a threshold, each once its tile is known to be kept, and else never
-      load_q  warps 2, 3: the packed rows of Q, by vector loads
+      load_q  warps 2, 3: the packed rows of Q, by 16-byte copies
       score   warpgroup 1: S = Q K^T, the decision, P. It never waits for V
       value   warpgroup 2: O += P V; at a segment's end the result, or the partial result and perhaps the combination
 
@@ -438,19 +439,26 @@ class HopperDecode:
 
     @cute.jit
     def _load_rows(self, operands: KernelOperands, sQ: cute.Tensor, rows: PackedRows, thread):
-        """One block of packed rows, with zeros in columns that do not exist and in the other rows of the last warp."""
-        threads = len(LOAD_Q_WARPS) * cute.arch.WARP_SIZE
-        per_row = self.head_dim // VECTOR
+        """One block of packed rows, all at once, and zeros in the other rows of the last warp that has some.
+
+        Columns that do not exist are still as `_clear` left them.
+        """
+        atom = cute.make_copy_atom(cpasync.CopyG2SOp(), self.dtype, num_bits_per_copy=VECTOR * self.dtype.width)
+        zeros = cute.make_rmem_tensor(VECTOR, self.dtype)
+        zeros.fill(0.0)
+        per_row = self.problem.head_dim // VECTOR
         warps = (rows.count + (WARP_ROWS - 1)) // WARP_ROWS
-        for i in cutlass.range(thread, warps * (WARP_ROWS * per_row), threads, unroll=4):
+        for i in cutlass.range(thread, warps * (WARP_ROWS * per_row), LOAD_Q_THREADS, unroll=1):
             row, column = i // per_row, i % per_row
-            vector = cute.make_rmem_tensor(VECTOR, self.dtype)
-            vector.fill(0.0)
-            if row < rows.count and VECTOR * column < self.problem.head_dim:
+            target = _vector(sQ, row, column)
+            if row < rows.count:
                 coordinate = (rows.query(row), VECTOR * column, rows.head(row), rows.batch_idx)
                 source = operands.q.iterator + cute.crd2idx(coordinate, operands.q.layout)
-                cute.autovec_copy(neighbours(source, VECTOR), vector)
-            cute.autovec_copy(vector, _vector(sQ, row, column))
+                cute.copy(atom, neighbours(source, VECTOR), target)
+            else:
+                cute.autovec_copy(zeros, target)
+        cute.arch.cp_async_commit_group()
+        cute.arch.cp_async_wait_group(0)
 
     def _in_boxes(self, tiles: cute.Tensor) -> cute.Tensor:
         """View (rows, columns, stages) as (box_rows, columns, boxes, stages)."""
