@@ -30,8 +30,9 @@ class Segment(NamedTuple):
 
 
 def even_cuts(positions: int, parts: int) -> list[int]:
-    """The cuts 0 = c[0] <= .. <= c[parts] = positions of a line into parts that differ by at most one."""
-    return [part * positions // parts for part in range(parts + 1)]
+    """The cuts 0 = c[0] <= .. <= c[parts] = positions of a line into parts that differ by at most one, longer first."""
+    base, longer = divmod(positions, parts)
+    return [part * base + min(part, longer) for part in range(parts + 1)]
 
 
 def busy_ctas(total: int, ctas: int, min_tiles: int) -> int:

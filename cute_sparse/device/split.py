@@ -15,12 +15,34 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, Int64
+from cutlass import Boolean, Int32, Uint32
 
 from cute_sparse.device.mask import Band
 
 WALK_WORDS = 8  # int32 words of a walk in shared memory, padded to a multiple of 16 bytes
 WARP = 32
+
+
+class Cuts(NamedTuple):
+    """A line cut into parts of `base` positions (at least one), of which the first `longer` have one more."""
+
+    base: Any
+    longer: Any
+
+    @staticmethod
+    def even(positions, parts) -> "Cuts":
+        base = _divided(positions, parts)
+        return Cuts(base, positions - base * parts)
+
+    def begin(self, part):
+        """Where a part begins."""
+        return part * self.base + cutlass.min(part, self.longer)
+
+    def part(self, position):
+        """The part that has a position."""
+        among_longer = position < self.longer * (self.base + 1)
+        passed = cutlass.select_(among_longer, Int32(0), self.longer)
+        return _divided(position - passed, cutlass.select_(among_longer, self.base + 1, self.base))
 
 
 class Walk(NamedTuple):
@@ -29,7 +51,7 @@ class Walk(NamedTuple):
     batch_idx, item  a sequence, and one of its items
     number           stream-K: the item's first position in the line of all; else the part's number
     start, stop      the CTA's part of the line; else, `stop` alone, the number of parts
-    total, busy      positions in the line, and CTAs that share it; only for stream-K
+    base, longer     how the line is cut, as in `Cuts`; only for stream-K
     """
 
     batch_idx: Any
@@ -37,8 +59,12 @@ class Walk(NamedTuple):
     number: Any
     start: Any
     stop: Any
-    total: Any
-    busy: Any
+    base: Any
+    longer: Any
+
+    @property
+    def cuts(self) -> "Cuts":
+        return Cuts(self.base, self.longer)
 
 
 class Segment(NamedTuple):
@@ -135,8 +161,8 @@ class SplitPlan:
             batch_idx += WARP
         total = cute.arch.warp_reduction_sum(total)
         busy = cutlass.max(cutlass.min(self.ctas, total // self.min_tiles), 1)
-        start = cutlass.select_(cta < busy, _cut(cta, total, busy), total)
-        stop = cutlass.select_(cta < busy, _cut(cta + 1, total, busy), total)
+        cuts = Cuts.even(total, busy)
+        start, stop = cuts.begin(cutlass.min(cta, busy)), cuts.begin(cutlass.min(cta + 1, busy))
 
         # The sequence in which the CTA begins: as many lie wholly before `start`.
         passed, before, first = Int32(0), Int32(0), Int32(0)
@@ -151,8 +177,8 @@ class SplitPlan:
         passed = cute.arch.warp_reduction_sum(passed)
         first = cute.arch.warp_reduction_max(first)
         positions = self.positions(cutlass.min(passed, self.batch - 1))
-        item = (start - first) // positions
-        return Walk(passed, item, first + item * positions, start, stop, total, busy)
+        item = _divided(start - first, positions)
+        return Walk(passed, item, first + item * positions, start, stop, cuts.base, cuts.longer)
 
     @cute.jit
     def _weight(self, batch_idx: Int32):
@@ -177,8 +203,8 @@ class SplitPlan:
         begin, end, split, splits = Int32(0), Int32(0), Int32(0), Int32(1)
         first_slot, slots_from, slot_step = Int32(0), Int32(0), Int32(1)
         if self.num_splits > 0:
-            number = walk.number // self.num_splits
-            batch_idx = number // per_sequence
+            number = _divided(walk.number, self.num_splits)
+            batch_idx = _divided(number, per_sequence)
             item = number - batch_idx * per_sequence
         positions = self.positions(batch_idx)
         if self.num_splits > 0:
@@ -187,19 +213,19 @@ class SplitPlan:
             split = walk.number - first_slot
             splits = cutlass.min(self.num_splits, positions)
             if split < splits:
-                begin = _cut(split, positions, splits)
-                end = _cut(split + 1, positions, splits)
+                cuts = Cuts.even(positions, splits)
+                begin, end = cuts.begin(split), cuts.begin(split + 1)
         else:
             begin = cutlass.max(walk.start - walk.number, 0)
             end = cutlass.min(walk.stop - walk.number, positions)
-            owner = _owner(walk.number, walk.total, walk.busy)
-            splits = _owner(walk.number + positions - 1, walk.total, walk.busy) - owner + 1
+            owner = walk.cuts.part(walk.number)
+            splits = walk.cuts.part(walk.number + positions - 1) - owner + 1
             cta, _, _ = cute.arch.block_idx()
             split = cta - owner
-            begins_inside = walk.number > _cut(owner, walk.total, walk.busy)
+            begins_inside = walk.number > walk.cuts.begin(owner)
             first_slot, slots_from, slot_step = 2 * owner + Int32(begins_inside), 2 * owner, Int32(2)
         first_tile, end_tile = self.visited(batch_idx)
-        kv_head = item // self.row_blocks
+        kv_head = _divided(item, self.row_blocks)
         return Segment(
             batch_idx, kv_head, item - kv_head * self.row_blocks, batch_idx * per_sequence + item, begin, end,
             end_tile - 1, end_tile > first_tile, split, splits, first_slot, slots_from, slot_step,
@@ -207,7 +233,7 @@ class SplitPlan:
 
     @cute.jit
     def next(self, walk: Walk):
-        batch_idx, item, number, start, stop, total, busy = walk
+        batch_idx, item, number, start, stop, base, longer = walk
         if self.num_splits > 0:
             number += self.ctas
         else:
@@ -216,17 +242,12 @@ class SplitPlan:
             if item == self.items_per_sequence:
                 item = Int32(0)
                 batch_idx += 1
-        return Walk(batch_idx, item, number, start, stop, total, busy)
+        return Walk(batch_idx, item, number, start, stop, base, longer)
 
 
-def _cut(part, positions, parts) -> Int32:
-    """Where part `part` of `parts` even parts begins."""
-    return Int32(Int64(part) * positions // parts)
-
-
-def _owner(position, total, busy) -> Int32:
-    """The CTA of a position: the last whose cut, floor(cta * total / busy), is not behind it."""
-    return Int32((Int64(position + 1) * busy - 1) // total)
+def _divided(numerator, denominator) -> Int32:
+    """Quotient of two int32 that are not negative; unsigned division takes fewer instructions."""
+    return Int32(Uint32(numerator) // Uint32(denominator))
 
 
 def _inclusive_scan(value, lane):
