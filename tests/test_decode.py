@@ -158,17 +158,22 @@ def decoder(runner: Runner) -> Runner:
 def test_decode_equals_the_oracle_that_takes_its_decisions(decoder, name):
     case = CASES[name]
     inputs = make_decode_inputs(case, device=decoder.device)
-    results = []
+    first = None
     for order in decoder.orders:
         with decoder.in_order(order):
             got = call(case, inputs, return_lse=True, return_stats=True)
             splitting = splitting_of(case, inputs)
-        check(case, inputs, got, splitting)
-        results.append(got)
-    if not case.share_max:
-        assert all(torch.equal(got.out, results[0].out) and torch.equal(got.lse, results[0].lse) for got in results), (
-            "the result depends on the order in which the device works"
-        )
+        if first is None or case.share_max:
+            first = got
+            check(case, inputs, got, splitting)
+        else:
+            assert same_bits(got, first), "the result depends on the order in which the device works"
+
+
+def same_bits(one: cute_sparse.AttentionOutput, other: cute_sparse.AttentionOutput) -> bool:
+    pairs = ((one.out, other.out), (one.lse, other.lse), (one.stats.skip_map, other.stats.skip_map),
+             (one.stats.tile_counts, other.stats.tile_counts))  # fmt: skip
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def run_checked(case: DecodeCase, inputs: DecodeInputs, decoder: Runner, **more) -> cute_sparse.AttentionOutput:
@@ -253,8 +258,8 @@ def test_a_nan_score_never_skips(decoder):
     inputs = make_decode_inputs(case, device=decoder.device)
     inputs.q[0, 0, 1, 0] = math.nan
     with decoder.in_order(decoder.orders[0]):
-        clean = call(case, make_decode_inputs(case, device=decoder.device), return_stats=True)
-        got = call(case, inputs, return_stats=True)
+        clean = call(case, make_decode_inputs(case, device=decoder.device), return_lse=True, return_stats=True)
+        got = call(case, inputs, return_lse=True, return_stats=True)
     assert (clean.stats.skip_map == reference.SKIPPED).any()
     assert not (got.stats.skip_map == reference.SKIPPED).any()
     assert got.out[0, 0, 1].isnan().all() and got.out.isnan().sum() == case.head_dim_v
@@ -284,9 +289,9 @@ def test_thresholds_that_nobody_checked_are_safe(decoder, monkeypatch):
     inputs = make_decode_inputs(case, device=decoder.device)
     with decoder.in_order(decoder.orders[0]):
         inputs.threshold.copy_(torch.tensor([1.0, 1.0, 1.0, 1.0]))
-        ones = call(case, inputs, return_stats=True).stats
+        ones = call(case, inputs, return_lse=True, return_stats=True).stats
         inputs.threshold.copy_(torch.tensor([2.0, math.inf, math.nan, -0.5]))
-        odd = call(case, inputs, return_stats=True).stats
+        odd = call(case, inputs, return_lse=True, return_stats=True).stats
     assert torch.equal(odd.skip_map[:, :2], ones.skip_map[:, :2])
     kept, visited = odd.tile_counts
     assert torch.equal(kept[:, 2:], visited[:, 2:])
@@ -312,14 +317,14 @@ def test_lengths_and_pages_that_nobody_checked_are_safe(decoder, monkeypatch, nu
         page_table=torch.where((bad_table < 0) | (bad_table >= pages), pages, bad_table),
     )  # fmt: skip
     with decoder.in_order(decoder.orders[0]):
-        expected = call(case, zeroed, return_lse=True)
+        expected = call(case, zeroed, return_lse=True, return_stats=True)
         monkeypatch.setattr(checks, "check_decode_values", lambda *given: None)
         wrong = replace(
             inputs, page_table=bad_table,
             seqused_k=torch.tensor([300, 10**6, -5], dtype=torch.int32, device=decoder.device),
         )  # fmt: skip
-        got = call(case, wrong, return_lse=True)
-    assert torch.equal(got.out, expected.out) and torch.equal(got.lse, expected.lse)
+        got = call(case, wrong, return_lse=True, return_stats=True)
+    assert same_bits(got, expected)
 
 
 def test_splits_that_share_their_maxima_skip_more(decoder):
@@ -368,9 +373,8 @@ def test_k_is_loaded_of_every_tile_visited_and_v_of_every_tile_kept_and_nothing_
     assert got.stats.v_bytes_not_read.sum() == (visited - kept) * keys_bytes * case.head_dim_v
 
 
-@pytest.mark.parametrize("name", ["paged", "contiguous, skip, window"])
-def test_at_nothing_skipped_the_loads_and_matrix_instructions_are_those_of_the_dense_kernel(arch, name):
-    case = replace(CASES[name], threshold=None)
+def test_at_nothing_skipped_the_loads_and_matrix_instructions_are_those_of_the_dense_kernel(arch):
+    case = CASES["paged"]
     inputs = make_decode_inputs(case)
     counts = {}
     for threshold in (None, 1e-30):
@@ -387,11 +391,11 @@ def test_a_launch_leaves_the_counters_between_ctas_zero(arch, share_max):
     case = replace(CASES["skip, ragged"], share_max=share_max, num_splits=3)
     inputs = make_decode_inputs(case)
     with cute_sparse.emulated(arch, sms=3):
-        first = call(case, inputs)
+        first = call(case, inputs, return_lse=True, return_stats=True)
         (counters,) = dispatch._emulation._memory.of_stream.values()
         assert (counters == 0).all()
-        second = call(case, inputs)
-    assert share_max or torch.equal(first, second)
+        second = call(case, inputs, return_lse=True, return_stats=True)
+    assert share_max or same_bits(first, second)
 
 
 @pytest.mark.parametrize("sms", [1, 2, 7, 64])
