@@ -265,13 +265,60 @@ def test_sixteen_lane_shapes_reach_the_upper_half_of_a_warps_lanes():
     assert torch.equal(out[:, 0].long(), lane * 512 + 3 + thread // 2 % 2)
 
 
-def test_a_loaded_register_may_be_used_without_wait():
+WAIT_FOR_LOADS = "tcgen05.wait::ld.sync.aligned;\n"
+
+
+def test_in_a_kernel_without_any_wait_for_loads_their_registers_may_be_used_at_once():
     load = "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%v0, %v1}, [%r6];\nadd.s32 %v0, %v0, %v1;\n"
     again = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r6], {%v0};\ntcgen05.wait::st.sync.aligned;\n"
     out = torch.zeros(128, 2, dtype=torch.int32)
-    launch(fill_tensor(32) + load + again + "bar.sync 0;\n" + read_tensor(2), nothing(), out)
+    launch(fill_tensor(32) + load + again + load + store_out(2), nothing(), out)
     lane = torch.arange(128, dtype=torch.int32)
-    assert torch.equal(out[:, 0], lane * 1024 + 1)
+    assert torch.equal(out[:, 0], lane * 512 + 1 + lane * 1024 + 1)
+
+
+# PTX ISA, "tcgen05.wait": until it, a load's registers are not there. What stands where it is missing, and what it does
+# to a register that is loaded.
+USES = {
+    "read": "add.s32 %v2, %v0, 1;",
+    "overwritten": "mov.b32 %v0, 1;",
+    "stored": "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r6+8], {%v0};",
+    "renamed and read": "mov.b64 %d3, {%v0, %v1};\nmov.b64 {%v2, %v3}, %d3;\nadd.s32 %v4, %v3, 1;",
+    "a predicate": "setp.eq.u32 %p5, %v0, 0;",
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_in_a_kernel_that_waits_for_loads_a_register_is_used_behind_the_wait(use):
+    load = "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%v0, %v1}, [%r6];\n"
+    end = "\ntcgen05.wait::st.sync.aligned;\n" + WAIT_FOR_LOADS
+    launch(fill_tensor(32) + load + WAIT_FOR_LOADS + USES[use] + end, nothing(), nothing())
+    with pytest.raises(errors.InFlightAccess, match="wait::ld"):
+        launch(fill_tensor(32) + load + USES[use] + end, nothing(), nothing())
+
+
+def test_a_wait_between_two_loads_covers_the_first_alone():
+    load = "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%vFIRST}, [%r6];\n"
+    loads = load.replace("FIRST", "0") + WAIT_FOR_LOADS + load.replace("FIRST", "1")
+    use = "add.s32 %v2, %vUSED, 1;\n" + WAIT_FOR_LOADS
+    launch(fill_tensor(32) + loads + use.replace("USED", "0"), nothing(), nothing())
+    with pytest.raises(errors.InFlightAccess, match="wait::ld"):
+        launch(fill_tensor(32) + loads + use.replace("USED", "1"), nothing(), nothing())
+
+
+def test_a_register_may_be_renamed_before_the_wait():
+    """Compilers pack loaded registers into pairs as soon as they are loaded; no machine instruction comes of it."""
+    body = """
+      tcgen05.ld.sync.aligned.32x32b.x2.b32 {%v40, %v41}, [%r6];
+      mov.b64 %d4, {%v41, %v40};
+      mov.b64 %d5, %d4;
+      tcgen05.wait::ld.sync.aligned;
+      mov.b64 {%v0, %v1}, %d5;
+    """
+    out = torch.zeros(128, 2, dtype=torch.int32)
+    launch(fill_tensor(32) + body + store_out(2), nothing(), out)
+    lane = torch.arange(128, dtype=torch.int32)
+    assert torch.equal(out, torch.stack([lane * 512 + 1, lane * 512], dim=1).int())
 
 
 def test_loads_into_a_shared_register_complete_one_by_one():

@@ -84,15 +84,20 @@ void mark_writes(Warp& w, const Instr& i, uint32_t mask) {
   }
 }
 
-// mov hands on what it is given: lanes that were never written stay so.
+// mov hands on what it is given: lanes that were never written stay so, and so does what tcgen05.ld still loads where
+// the kernel waits for its loads.
 void move_state(Warp& w, const Instr& i, uint32_t mask) {
   const uint32_t* reads = w.program->slot_lists.data() + i.reads;
   // A pair packed of a written and an unwritten register counts as written: compilers pack such pairs and look at the
   // one half only.
   uint32_t written = i.n_reads ? 0 : mask;
   uint64_t epoch = i.n_reads ? 0 : w.fence_epoch;
+  bool loading = false;
   for (uint32_t k = 0; k < i.n_reads; ++k) {
-    if (w.state[reads[k]] & (ASYNC_WRITE | LOAD_PENDING | RETIRED)) resolve_unready(w, reads[k]);
+    const uint64_t source = w.state[reads[k]];
+    const bool renames = (source & LOAD_PENDING) && w.program->waits_for_tensor_loads;
+    loading |= renames;
+    if (!renames && (source & (ASYNC_WRITE | LOAD_PENDING | RETIRED))) resolve_unready(w, reads[k]);
     written |= mask & uint32_t(w.state[reads[k]] & WRITTEN);
     epoch = std::max(epoch, w.state[reads[k]] >> EPOCH_SHIFT);
   }
@@ -101,6 +106,7 @@ void move_state(Warp& w, const Instr& i, uint32_t mask) {
   for (uint32_t k = 0; k < i.n_writes; ++k) {
     uint64_t& state = w.state[writes[k]];
     state = (epoch << EPOCH_SHIFT) | (state & WRITTEN & ~uint64_t(mask & ~written));
+    if (loading) rename_pending_load(w, writes[k]);
   }
 }
 

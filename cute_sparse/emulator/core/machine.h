@@ -63,7 +63,8 @@ struct Instr {
   uint32_t guard = NO_GUARD;  // slot of the guard predicate
   bool guard_negated = false;
   bool aligned = false;  // .sync/.aligned: every live lane of the warp must execute it together
-  bool acts = false;     // touches memory or synchronises, but for mbarriers: what a wait before it may have been for
+  bool acts = false;     // touches memory or synchronises, but for mbarriers and bulk groups: what a wait before it may
+                         // have been for
   bool moves = false;    // a plain copy: hands on whether its sources were written, instead of demanding it
   uint32_t d[2] = {0, 0};              // destination slots
   uint32_t s[5] = {0, 0, 0, 0, 0};     // source slots
@@ -88,6 +89,7 @@ struct Program {
   std::vector<Special> specials;     // %tid.x, %ctaid.x, %laneid, ...: filled once per warp
   std::vector<std::shared_ptr<void>> details;
   uint8_t tensor_fences = 0;  // tcgen05.cpp: which tcgen05.fence instructions the kernel contains
+  bool waits_for_tensor_loads = false;  // it contains tcgen05.wait::ld
 };
 
 // Handed to the decoders: turns operands into slots.
@@ -209,7 +211,8 @@ struct Warp {
   WarpOrder order;             // fences and lanes
   uint64_t fence_epoch = 1;    // counts wgmma.fence
   uint32_t last_fence = 0;     // statement of the last one
-  std::vector<uint32_t> unused_waits;  // statements of mbarrier waits since the warp last acted
+  // Statements of mbarrier and bulk-group waits since the warp last acted, and of the commits that the latter count.
+  std::vector<uint32_t> unused_waits;
   Tally tally;
   uint64_t* issued = nullptr;    // per code index: executed or predicated off
   uint64_t* executed = nullptr;  // per code index: with at least one lane
@@ -273,6 +276,7 @@ struct NamedBarrier {  // bar / barrier.cta
   uint64_t generation = 0;
   uint32_t reduction_and = 1, reduction_or = 0, reduction_count = 0;  // of the generation being formed
   uint32_t result_and = 0, result_or = 0, result_count = 0;           // of the last complete generation
+  ActorId actor = 0;     // its epoch: generations that are complete
   Clock arrivals, completed;
 };
 
@@ -394,8 +398,9 @@ struct Launch {
   std::mutex traces_mutex;
   std::vector<std::shared_ptr<ClusterTrace>> traces;
   // By statement: 1 once it has made a difference. A wait: it has taught the warp what it did not know, and the warp
-  // has acted since, or arrived where somebody waited. An arrival: a wait has learned of it. A wgmma.fence: no other
-  // stood between two uses of a register.
+  // has acted since, or arrived where somebody waited; waits for bulk groups that threads need in order to exit have,
+  // too. A commit of a bulk group: such a wait counted it. An arrival: a wait has learned of it. A bar.warp.sync: lanes
+  // had done or learnt something since the last. A wgmma.fence: no other stood between two uses of a register.
   std::vector<std::atomic<uint8_t>> heard;
 };
 

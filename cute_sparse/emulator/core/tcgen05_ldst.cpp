@@ -1,6 +1,7 @@
 // Tensor memory <-> registers (PTX ISA, "Tensor Memory Load/Store"): tcgen05.ld, tcgen05.st, tcgen05.wait.
 //
-// A load's values are there at once; when it has read tensor memory becomes known later (tensor_memory.h). A store's
+// A load's values are there at once; when it has read tensor memory becomes known later, and in a kernel that waits for
+// its loads its registers may be used only then (tensor_memory.h). A store's
 // data is taken at once and lands when its queue completes.
 #include "machine.h"
 #include "tensor_memory.h"
@@ -167,6 +168,8 @@ void complete_loads(Warp& warp, size_t count) {
   for (size_t k = 0; k < count; ++k) set_pending(warp, *state.loads[k].instr, false);
   state.loads.erase(state.loads.begin(), state.loads.begin() + long(count));
   for (const auto& load : state.loads) set_pending(warp, *load.instr, true);  // they may share registers
+  for (const uint32_t slot : state.renamed) warp.state[slot] &= ~slot_state::LOAD_PENDING;
+  state.renamed.clear();
 }
 
 bool loads_slot(const Warp& warp, const Instr& load, uint32_t slot) {
@@ -328,10 +331,18 @@ bool decode_transfer(const Statement& s, Builder& b, bool load) {
 }  // namespace
 
 void complete_pending_load(Warp& warp, uint32_t slot) {
+  if (warp.program->waits_for_tensor_loads)
+    warp.fail(ErrorKind::in_flight, "uses a register that tcgen05.ld still loads: no tcgen05.wait::ld between, which "
+                                    "this kernel has elsewhere");
   TensorWarp& state = tensor_warp(warp);
   for (size_t k = state.loads.size(); k-- > 0;)
     if (loads_slot(warp, *state.loads[k].instr, slot)) return complete_loads(warp, k + 1);
   warp.state[slot] &= ~slot_state::LOAD_PENDING;
+}
+
+void rename_pending_load(Warp& warp, uint32_t slot) {
+  warp.state[slot] |= slot_state::LOAD_PENDING;
+  tensor_warp(warp).renamed.push_back(slot);
 }
 
 bool decode_tcgen05_ldst(const Statement& s, Builder& b) {
@@ -341,6 +352,7 @@ bool decode_tcgen05_ldst(const Statement& s, Builder& b) {
   if (!wait_load && s.opcode != "tcgen05.wait::st.sync.aligned") return false;
   b.out.aligned = true;
   b.out.exec = wait_load ? exec_wait_load : exec_wait_store;
+  b.program.waits_for_tensor_loads |= wait_load;
   return true;
 }
 

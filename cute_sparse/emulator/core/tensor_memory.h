@@ -5,8 +5,11 @@
 //   tcgen05.mma, cp   the issuing warp's tensor queue; its epoch is the interval between two of its commits, and a
 //                     commit's arrival on an mbarrier is how others learn of it. What one warp issues executes in
 //                     order, so that these accesses never conflict with each other.
-//   tcgen05.ld        the issuing warp's load queue, one epoch each; known to the warp from wait::ld on, or from the
-//                     first use of a destination register (ptxas makes that use wait for the load).
+//   tcgen05.ld        the issuing warp's load queue, one epoch each; known to the warp from wait::ld on. The PTX ISA
+//                     wants that wait before a destination register is used; a mov there only renames it (compilers
+//                     put some between load and wait), and its result must be waited for just as well. A kernel that
+//                     has no wait::ld is not held to this: ptxas makes the first use wait for the load,
+//                     FlashAttention-4's forward relies on that, and the load is known from that use on.
 //   tcgen05.st        the issuing warp's store queue, one epoch each; known to the warp from wait::st on.
 //
 // tcgen05.fence (PTX ISA, "tcgen05 memory consistency model"): loads and stores that a thread has waited for are ordered
@@ -74,6 +77,7 @@ struct TensorWarp {
   uint32_t load_epoch = 0, store_epoch = 0, tensor_epoch = 1;
   uint64_t store_queue = 0;
   std::vector<PendingLoad> loads;         // oldest first
+  std::vector<uint32_t> renamed;          // slots that movs have given what is being loaded
   std::vector<uint32_t> store_sources;    // slots that are ASYNC_READ
   Clock ordered;  // if held to fences: what the warp's tensor memory accesses are ordered behind
 };
@@ -108,8 +112,11 @@ uint32_t uniform(Warp& warp, uint32_t slot, const char* what);
 uint32_t shared_address(Warp& warp, const Instr& instr, uint32_t slot, bool wide, uint32_t lane);
 
 // Interpreter hook: an instruction is about to read or overwrite a register that tcgen05.ld has loaded and nothing
-// has waited for. The load, and the older ones of the warp, are then known to the warp to have read tensor memory.
+// has waited for. An error in a kernel with tcgen05.wait::ld; in others the load, and the older ones of the warp, are
+// then known to the warp to have read tensor memory.
 void complete_pending_load(Warp& warp, uint32_t slot);
+// Interpreter hook: a mov has written what is being loaded into `slot`, in a kernel with tcgen05.wait::ld.
+void rename_pending_load(Warp& warp, uint32_t slot);
 // CTA exit: throws tensor_memory if columns are still allocated (PTX ISA, "tcgen05.alloc").
 void check_tensor_memory_at_exit(Cta& cta);
 
