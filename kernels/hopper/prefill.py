@@ -445,10 +445,11 @@ class HopperPrefill:
         return wanted, skipped_in_a_row
 
     def _any_vote(self, shared: Shared, index) -> Boolean:
-        """Whether some warpgroup keeps the tile whose votes lie in slot `index`."""
+        """The whole warp reads whether some warpgroup keeps the tile whose votes lie in slot `index`."""
         kept = shared.votes[0, index]
         for warpgroup_idx in range(1, self.config.warpgroups):
             kept = kept | shared.votes[warpgroup_idx, index]
+        cute.arch.sync_warp()  # all lanes have read before one of them lets the slot be written again
         return kept != 0
 
     # ---- consumers

@@ -264,3 +264,57 @@ def test_a_lane_does_not_publish_other_lanes_stores_to_tensor_memory(run):
     start(run, body.format(sync="bar.warp.sync -1;"), block=160)
     with pytest.raises(RACE, match="tensor memory"):
         start(run, body.format(sync=""), block=160)
+
+
+@pytest.mark.parametrize("arch", ["sm_100a"], indirect=True)
+def test_tensor_memory_is_handed_on_behind_the_wait_for_its_load(run):
+    """Warp 0 loads, warp 4 (of the same tensor memory lanes) then writes. The PTX ISA's wait is tcgen05.wait::ld."""
+    body = """
+    @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r3], 32;
+    bar.sync 0; ld.shared.b32 %r11, [%r3]; setp.eq.u32 %p4, %r2, 4;
+    @%p1 tcgen05.st.sync.aligned.32x32b.x1.b32 [%r11], {{%r1}}; tcgen05.wait::st.sync.aligned;
+    @%p1 tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r12}}, [%r11];
+    {before} bar.sync 0; {after}
+    @%p4 tcgen05.st.sync.aligned.32x32b.x1.b32 [%r11], {{%r1}}; tcgen05.wait::st.sync.aligned;
+    bar.sync 0; @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r11, 32;
+    """
+    wait = "tcgen05.wait::ld.sync.aligned;"
+    start(run, body.format(before=wait, after=""), block=160)
+    with pytest.raises(RACE, match="tcgen05.ld"):
+        start(run, body.format(before="", after=wait), block=160)
+
+
+READ_THEN_OVERWRITTEN = """
+    mov.u32 %r10, bars; setp.eq.u32 %p3, %r0, 0; @%p3 mbarrier.init.shared.b64 [%r10], {arrivals}; @%p3 st.shared.b32 [%r3], 1;
+    setp.lt.u32 %p5, %r1, {readers}; bar.sync 0; @!%p1 bra WRITER;
+    @%p5 ld.shared.b32 %r6, [%r3]; {sync} @{arriving} mbarrier.arrive.shared.b64 _, [%r10]; bra END;
+    WRITER: mbarrier.try_wait.parity.shared.b64 %p6, [%r10], 0; @!%p6 bra WRITER; @%p0 st.shared.b32 [%r3], 2; END:
+"""
+
+
+@pytest.mark.parametrize("readers, arrivals, arriving, sync", [
+    (32, 1, "%p0", "bar.warp.sync -1;"), (32, 32, "%p1", ""), (8, 8, "%p5", ""), (1, 1, "%p0", ""),
+])  # fmt: skip
+def test_lanes_that_have_read_one_word_may_let_it_be_overwritten(run, readers, arrivals, arriving, sync):
+    start(run, READ_THEN_OVERWRITTEN.format(readers=readers, arrivals=arrivals, arriving=arriving, sync=sync))
+
+
+@pytest.mark.parametrize("readers, arrivals, arriving", [(32, 1, "%p0"), (2, 1, "%p0"), (32, 8, "%p5")])
+def test_a_lane_does_not_speak_for_others_that_read_the_same_word(run, readers, arrivals, arriving):
+    """mbarrier.arrive has release semantics for the executing thread alone (PTX ISA, "mbarrier.arrive")."""
+    body = READ_THEN_OVERWRITTEN.format(readers=readers, arrivals=arrivals, arriving=arriving, sync="SYNC")
+    body = body.replace("SYNC", "setp.lt.u32 %p5, %r1, 8;")
+    with pytest.raises(RACE, match="read by warp 0"):
+        start(run, body)
+
+
+def test_a_byte_of_one_lane_is_published_by_that_lane(run):
+    """Of a word whose bytes have different histories."""
+    body = """
+    mov.u32 %r10, bars; setp.eq.u32 %p3, %r0, 0; @%p3 mbarrier.init.shared.b64 [%r10], 1; bar.sync 0; @!%p1 bra READER;
+    @%p0 st.shared.b8 [%r3+1], %h1; setp.eq.u32 %p4, %r1, {arriving}; @%p4 mbarrier.arrive.shared.b64 _, [%r10]; bra END;
+    READER: mbarrier.try_wait.parity.shared.b64 %p6, [%r10], 0; @!%p6 bra READER; ld.shared.u8 %h2, [%r3+1]; END:
+    """
+    start(run, body.format(arriving=0))
+    with pytest.raises(RACE, match="write by warp 0"):
+        start(run, body.format(arriving=1))

@@ -58,7 +58,8 @@ uint8_t* host_address(Warp& w, const Place& place, const AccessDetail& detail, b
   return global_at(w, place.address, detail.bytes(), detail.bytes(), write, int(lane));
 }
 
-// Consecutive lanes mostly touch consecutive (or the same) addresses: one entry in the race detector for a run.
+// Consecutive lanes mostly touch consecutive (or the same) addresses: one entry in the race detector for a run. Reads of
+// a run in which a place repeats count as all lanes'.
 class Touches {
  public:
   Touches(Warp& w, bool write, bool atomic) : w_(w), write_(write), atomic_(atomic) {}
@@ -70,8 +71,10 @@ class Touches {
       return;
     }
     if (bytes_ && !write_ && place.space == space_ && place.address >= begin_ &&
-        place.address + bytes <= begin_ + bytes_)
+        place.address + bytes <= begin_ + bytes_) {
+      repeats_ = true;
       return;
+    }
     flush();
     space_ = place.space;
     begin_ = place.address;
@@ -82,11 +85,16 @@ class Touches {
     if (!bytes_) return;
     const uint64_t n = bytes_;
     bytes_ = 0;
+    const bool repeats = repeats_;
+    repeats_ = false;
     const int lane = int(lane_);
-    if (space_ == Space::shared)
-      touch_shared_lanes(w_, uint32_t(begin_), uint32_t(n), bytes_each_, write_, atomic_, lane);
-    else
-      touch_global_lanes(w_, begin_, n, bytes_each_, write_, atomic_, lane);
+    if (space_ == Space::shared) {
+      if (repeats) touch_shared(w_, uint32_t(begin_), uint32_t(n), write_, atomic_);
+      else touch_shared_lanes(w_, uint32_t(begin_), uint32_t(n), bytes_each_, write_, atomic_, lane);
+    } else {
+      if (repeats) touch_global(w_, begin_, n, write_, atomic_);
+      else touch_global_lanes(w_, begin_, n, bytes_each_, write_, atomic_, lane);
+    }
   }
 
  private:
@@ -95,6 +103,7 @@ class Touches {
   Space space_ = Space::global;
   uint64_t begin_ = 0, bytes_ = 0;
   uint32_t bytes_each_ = 0, lane_ = 0;
+  bool repeats_ = false;
 };
 
 void count(Warp& w, Space space, bool write, uint64_t bytes) {

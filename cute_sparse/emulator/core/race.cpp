@@ -57,16 +57,16 @@ void Clock::know(ActorId actor, uint32_t epoch) { raise(seen, actor, epoch); }
 
 void Clock::know_proxied(ActorId actor, uint32_t epoch) { raise(proxied, actor, epoch); }
 
-bool Clock::lane_seen(ActorId actor, uint32_t lane, uint32_t epoch) const {
+bool Clock::lanes_seen(ActorId actor, uint32_t lanes, uint32_t epoch) const {
   for (const LaneKnowledge& k : partial)
-    if (k.actor == actor && (k.lanes >> lane & 1) && k.seen >= epoch) return true;
-  return false;
+    if (k.actor == actor && k.seen >= epoch) lanes &= ~k.lanes;
+  return lanes == 0;
 }
 
-bool Clock::lane_proxied(ActorId actor, uint32_t lane, uint32_t epoch) const {
+bool Clock::lanes_proxied(ActorId actor, uint32_t lanes, uint32_t epoch) const {
   for (const LaneKnowledge& k : partial)
-    if (k.actor == actor && (k.lanes >> lane & 1) && k.proxied >= epoch) return true;
-  return false;
+    if (k.actor == actor && k.proxied >= epoch) lanes &= ~k.lanes;
+  return lanes == 0;
 }
 
 void Clock::fence_proxy_async() {
@@ -89,8 +89,8 @@ static uint32_t index_of(AccessId id) { return id >> LANE_BITS; }
 
 static bool same_but_lane(const Access& a, const Access& b) {
   return a.actor == b.actor && a.epoch == b.epoch && a.statement == b.statement && a.proxy == b.proxy &&
-         a.write == b.write && a.atomic == b.atomic && a.unordered == b.unordered && (a.lane < 0) == (b.lane < 0) && a.warp == b.warp &&
-         a.cta_rank == b.cta_rank;
+         a.write == b.write && a.atomic == b.atomic && a.unordered == b.unordered && (a.lane < 0) == (b.lane < 0) &&
+         a.lanes == b.lanes && a.warp == b.warp && a.cta_rank == b.cta_rank;
 }
 
 RaceDetector::RaceDetector()
@@ -112,20 +112,26 @@ AccessId RaceDetector::intern(const Access& access) {
   return recent << LANE_BITS | lane;
 }
 
-AccessId RaceDetector::without_lane(AccessId id) const {
+AccessId RaceDetector::by_several_lanes(AccessId id) const {
   return accesses_[index_of(id)].lane < 0 ? id : (index_of(id) + 1) << LANE_BITS;
 }
 
-// A later read by the same actor stands for its earlier ones; lanes are kept only while there is one reader.
+uint32_t RaceDetector::lanes_of(AccessId id) const {
+  const Access& access = accesses_[index_of(id)];
+  return access.lane < 0 ? access.lanes : 1u << id % LANES_PER_WARP;
+}
+
+// A later read by the same actor stands for its earlier ones; single lanes are kept only while there is one reader.
 Readers RaceDetector::with_read(Readers readers, AccessId id) {
   if (readers == 0) return ONE_READER | id;
   if (readers & ONE_READER) {
     const AccessId earlier = readers & ~ONE_READER;
-    if (index_of(earlier) == index_of(id)) return readers;  // another lane of the same instruction
+    if (earlier == id) return readers;
+    if (index_of(earlier) == index_of(id)) return ONE_READER | by_several_lanes(id);  // of the same instruction
     if (accesses_[index_of(earlier)].actor == accesses_[index_of(id)].actor) return ONE_READER | id;
-    readers = ONE_READER | without_lane(earlier);
+    readers = ONE_READER | by_several_lanes(earlier);
   }
-  return interned_set(readers, without_lane(id));
+  return interned_set(readers, by_several_lanes(id));
 }
 
 Readers RaceDetector::interned_set(Readers readers, AccessId id) {
@@ -207,25 +213,24 @@ Shadow::~Shadow() {
   registry_->erase(std::find(registry_->begin(), registry_->end(), this));
 }
 
-// Whether `earlier` (by lane `lane` of its warp, if it has lanes) happened before the access; fills in the conflict
+// Whether `earlier` (by `lanes` of its warp, if it is a warp's own) happened before the access; fills in the conflict
 // otherwise.
-static bool ordered(const Access& earlier, uint32_t lane, const Access& access, const Clock& clock,
+static bool ordered(const Access& earlier, uint32_t lanes, const Access& access, const Clock& clock,
                     Conflict& conflict) {
   if (earlier.atomic && access.atomic) return true;
   if (earlier.actor == access.actor && !access.unordered) return true;
-  const bool by_lane = earlier.lane >= 0;
   auto conflicts = [&] {
     conflict.found = true;
     conflict.earlier = earlier;
-    if (by_lane) conflict.earlier.lane = int32_t(lane);
+    if (earlier.lane >= 0) conflict.earlier.lane = __builtin_ctz(lanes);
     return false;
   };
-  if (clock.at(earlier.actor) < earlier.epoch && !(by_lane && clock.lane_seen(earlier.actor, lane, earlier.epoch)))
+  if (clock.at(earlier.actor) < earlier.epoch && !(lanes && clock.lanes_seen(earlier.actor, lanes, earlier.epoch)))
     return conflicts();
   const bool crosses_proxies = access.proxy == Proxy::async && !access.write && earlier.proxy == Proxy::generic &&
                                earlier.write && earlier.epoch != 0;
   if (crosses_proxies && clock.proxied_at(earlier.actor) < earlier.epoch &&
-      !(by_lane && clock.lane_proxied(earlier.actor, lane, earlier.epoch))) {
+      !(lanes && clock.lanes_proxied(earlier.actor, lanes, earlier.epoch))) {
     conflict.missing_proxy_fence = true;
     return conflicts();
   }
@@ -233,7 +238,7 @@ static bool ordered(const Access& earlier, uint32_t lane, const Access& access, 
 }
 
 bool Shadow::after_access(AccessId id, Check& check) const {
-  return ordered(detector_.accesses_[index_of(id)], id % LANES_PER_WARP, check.access, check.clock, check.conflict);
+  return ordered(detector_.accesses_[index_of(id)], detector_.lanes_of(id), check.access, check.clock, check.conflict);
 }
 
 bool Shadow::after_readers(Readers readers, Check& check) const {
@@ -270,8 +275,8 @@ bool Shadow::visit(History& history, Check& check) {
     check.met = readers;
     check.met_any = true;
   }
-  // Lanes of one instruction that write the same place: the first stands for all.
-  history = index_of(write) == index_of(check.id) ? write : check.id;
+  const bool other_lane = write != check.id && index_of(write) == index_of(check.id);
+  history = other_lane ? detector_.by_several_lanes(check.id) : check.id;
   return true;
 }
 

@@ -12,6 +12,7 @@
 // copies both into the barrier, an acquire (successful wait) joins both. After each release the warp's own
 // epoch advances, so that what it does later is not covered.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -40,8 +41,9 @@ struct Clock {
   void know_proxied(ActorId actor, uint32_t epoch);
   uint32_t at(ActorId actor) const { return actor < seen.size() ? seen[actor] : 0; }
   uint32_t proxied_at(ActorId actor) const { return actor < proxied.size() ? proxied[actor] : 0; }
-  bool lane_seen(ActorId actor, uint32_t lane, uint32_t epoch) const;
-  bool lane_proxied(ActorId actor, uint32_t lane, uint32_t epoch) const;
+  // Whether all of `lanes` (not 0) of a warp have published what they did up to `epoch`.
+  bool lanes_seen(ActorId actor, uint32_t lanes, uint32_t epoch) const;
+  bool lanes_proxied(ActorId actor, uint32_t lanes, uint32_t epoch) const;
   void fence_proxy_async();  // proxied = seen
   void clear() { seen.clear(); proxied.clear(); partial.clear(); }
 };
@@ -62,7 +64,9 @@ struct WarpOrder {
   uint32_t cluster_arrived = 0;   // lanes that have arrived in the forming generation of the cluster barrier
   uint32_t cluster_unwaited = 0;  // lanes that have arrived and not yet waited
   uint64_t cluster_generation = 0;  // the generation that their arrival belongs to
+  std::array<uint32_t, 16> barrier_arrivals{};  // by named barrier: the use, from 1 on, of the warp's last bar.arrive
   uint32_t converged = 0;      // the warp's epoch up to which bar.warp.sync or a CTA barrier has joined its lanes
+  bool lanes_differ = false;   // since then, lanes have done or learnt what others may not know
 };
 
 // The proxy of an access. `async`: shared or global memory read or written by TMA, bulk copies, wgmma or tcgen05
@@ -80,7 +84,8 @@ struct Access {
   uint32_t warp = 0;        // for messages: issuing warp, CTA rank and statement
   uint32_t cta_rank = 0;
   uint32_t statement = 0;
-  int32_t lane = -1;        // of a warp's own access: which lane; -1 all of them (or not a warp)
+  int32_t lane = -1;        // of a warp's own access: which lane; -1 several (or not a warp)
+  uint32_t lanes = 0;       // of a warp's own access: the lanes that executed it
 };
 
 // A race, as text for the error: "... written by warp 3 (PTX line 812: ...), not ordered before ...".
@@ -156,12 +161,13 @@ class RaceDetector {
 
  private:
   friend class Shadow;
-  AccessId without_lane(AccessId id) const;
+  AccessId by_several_lanes(AccessId id) const;
+  uint32_t lanes_of(AccessId id) const;  // 0 if no warp's own access
   Readers interned_set(Readers readers, AccessId id);
   void collect();  // drops accesses and sets that no granule refers to any more
 
   ActorId next_actor_ = 1;
-  // 0: none; 1: "written before the launch". One with a lane is followed by its twin without.
+  // 0: none; 1: "written before the launch". One with a lane is followed by its twin, by several lanes.
   std::vector<Access> accesses_;
   std::vector<std::vector<AccessId>> sets_;
   std::unordered_map<uint64_t, Readers> transitions_;  // (readers, further read) -> set

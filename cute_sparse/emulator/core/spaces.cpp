@@ -105,9 +105,10 @@ Access async_access(Warp& warp, const Stamp& stamp, bool write, bool atomic) {
 }
 
 Access generic_access(Warp& warp, bool write, bool atomic, int lane) {
-  const bool one_lane = (warp.mask & (warp.mask - 1)) == 0;
-  if (lane < 0 && one_lane) lane = int(warp.first_lane());
-  return access_by(warp, warp.actor, warp.clock.at(warp.actor), Proxy::generic, write, atomic, lane);
+  Access access = access_by(warp, warp.actor, warp.clock.at(warp.actor), Proxy::generic, write, atomic, lane);
+  access.lanes = warp.mask;
+  warp.order.lanes_differ = true;
+  return access;
 }
 
 // Access of a shadow's bytes, by one lane or one engine, or by adjacent lanes of `bytes_each` bytes.
@@ -292,7 +293,10 @@ Clock release(Warp& warp) {
 // Where all lanes learn from a barrier to which they have arrived themselves, each learns of the others' accesses.
 void acquire(Warp& warp, const Clock& clock) {
   warp.clock.join(clock);
-  if ((warp.mask & warp.live) != warp.live) return;
+  if ((warp.mask & warp.live) != warp.live) {
+    warp.order.lanes_differ = true;
+    return;
+  }
   warp.order.converged = std::max(warp.order.converged, clock.at(warp.actor));
   for (LanesWaited& w : warp.order.waited) w.converged = std::max(w.converged, clock.at(w.actor));
 }
@@ -300,6 +304,7 @@ void acquire(Warp& warp, const Clock& clock) {
 void converge(Warp& warp) {
   warp.order.converged = warp.clock.at(warp.actor);
   warp.order.waited.clear();
+  warp.order.lanes_differ = false;
   next_epoch(warp);
 }
 
@@ -307,6 +312,7 @@ void know_by_lanes(Warp& warp, ActorId actor, uint32_t epoch) {
   auto& waited = warp.order.waited;
   const bool is_new = std::none_of(waited.begin(), waited.end(), [&](const LanesWaited& w) { return w.actor == actor; });
   if (is_new) waited.push_back({actor, warp.clock.at(actor)});
+  warp.order.lanes_differ = true;
   warp.clock.know(actor, epoch);
 }
 
@@ -315,6 +321,7 @@ void fence_proxy(Warp& warp) {
   const ActorId actor = warp.actor;
   const uint32_t epoch = clock.at(actor), before = clock.proxied_at(actor);
   clock.fence_proxy_async();
+  warp.order.lanes_differ = true;
   if ((warp.mask & warp.live) != warp.live) {
     clock.proxied[actor] = std::max(before, std::min(epoch, warp.order.converged));
     auto superseded = [&](const LaneKnowledge& k) { return k.actor == actor && k.lanes == warp.mask; };
