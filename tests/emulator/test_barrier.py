@@ -226,3 +226,29 @@ def test_more_registers_than_the_cta_has_is_a_deadlock(run):
 def test_misuse_of_setmaxnreg_is_reported(run, body, error, message):
     with pytest.raises(getattr(emulator.errors, error), match=message):
         start(run, body, words=512, block=512)
+
+
+TWICE = """
+    setp.eq.u32 %p1, %r2, 0; @!%p1 bra OTHER;
+    {arrive} {known} {arrive} bra END;
+    OTHER: bar.sync 1, 64; {tells} bar.sync 1, 64; END:
+"""
+
+
+@IN_EVERY_ORDER
+@pytest.mark.parametrize("known, tells", [("bar.sync 2, 64;", "bar.arrive 2, 64;"), ("bar.sync 2, 64;", "bar.sync 2, 64;")])
+def test_a_warp_arrives_again_once_it_knows_that_the_others_have_come(run, known, tells):
+    start(run, TWICE.format(arrive="bar.arrive 1, 64;", known=known, tells=tells), block=64)
+
+
+@IN_EVERY_ORDER
+def test_a_warp_that_arrives_again_must_know_that_the_others_have_come(run):
+    """bar.arrive does not wait (PTX ISA, "bar, barrier"): both arrivals might count in one use of the barrier."""
+    with pytest.raises(emulator.errors.BarrierError, match="arrives at barrier 1 again"):
+        start(run, TWICE.format(arrive="bar.arrive 1, 64;", known="", tells=""), block=64)
+
+
+@IN_EVERY_ORDER
+def test_a_warp_may_meet_its_own_arrival(run):
+    """How warps that take turns begin: the first hands itself the turn."""
+    start(run, "bar.arrive 1, 64; bar.sync 1, 64; bar.arrive 1, 64; bar.sync 1, 64;", block=32 * 2, words=64)

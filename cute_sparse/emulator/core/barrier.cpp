@@ -67,6 +67,7 @@ void complete_if_due(Cta& cta, NamedBarrier& b) {
   b.reduction_and = 1;
   b.reduction_or = b.reduction_count = 0;
   b.completed.join(b.arrivals);
+  if (b.actor) b.completed.know(b.actor, uint32_t(b.generation));
   b.arrivals.clear();
   cta.cluster->notify();
 }
@@ -74,6 +75,16 @@ void complete_if_due(Cta& cta, NamedBarrier& b) {
 bool same_count(const Cta& cta, uint32_t a, uint32_t b) {
   auto threads = [&](uint32_t count) { return count == WHOLE_CTA ? cta_threads(cta) : count; };
   return threads(a) == threads(b);
+}
+
+// bar.arrive does not wait. Who arrives again must know from elsewhere that the barrier has completed since: both
+// arrivals would otherwise count in one use of it, in the place of other threads'.
+void arrive_anew(Warp& w, const NamedBarrier& b, uint32_t id) {
+  uint32_t& arrived_for = w.order.barrier_arrivals[id];
+  if (arrived_for && w.clock.at(b.actor) < arrived_for)
+    w.fail(ErrorKind::barrier, "arrives at barrier " + number(id) + " again, and nothing tells the warp that the other "
+                                   "threads have come to where it arrived before");
+  arrived_for = uint32_t(b.generation + 1);
 }
 
 // A warp counts as 32 threads, however many it has; lanes of a diverged warp (not .aligned) count singly.
@@ -96,7 +107,10 @@ void arrive(Warp& w, const Instr& i, const BarrierSpec& spec, uint32_t id) {
                                    " threads, " + number(b.arrived_threads) + " have arrived, and " +
                                    number(threads) + " more do");
   b.arrived_threads += threads;
-  if (w.cluster->race.enabled) release_into(w, b.arrivals);
+  if (!w.cluster->race.enabled) return;
+  if (b.actor == 0) b.actor = w.cluster->race.new_actor();
+  if (spec.action == Action::arrive && w.mask == w.live) arrive_anew(w, b, id);
+  release_into(w, b.arrivals);
 }
 
 void reduce(Warp& w, const Instr& i, const BarrierSpec& spec, NamedBarrier& b) {
@@ -202,7 +216,10 @@ Step exec_warp_sync(Warp& w, const Instr& i) {
     w.fail(ErrorKind::convergence, "a lane executes bar.warp.sync that is not in its mask",
            __builtin_ctz(w.mask & ~members));
   const uint32_t needed = members & w.live;
-  if ((w.mask & needed) != needed) return w.block({Wait::Kind::convergence});
+  const bool waits = (w.mask & needed) != needed;
+  if (waits || !w.cluster->race.enabled || w.order.lanes_differ || needed != w.live)
+    w.cluster->launch->heard[i.statement].store(1, std::memory_order_relaxed);
+  if (waits) return w.block({Wait::Kind::convergence});
   if (w.cluster->race.enabled && needed == w.live) converge(w);
   w.unblock();
   return Step::next;
