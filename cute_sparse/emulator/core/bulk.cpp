@@ -117,7 +117,11 @@ void check_bulk_at_exit(Warp& warp, uint32_t lanes) {
   for (uint32_t rest = lanes & state.used; rest; rest &= rest - 1) {
     const uint32_t lane = uint32_t(__builtin_ctz(rest));
     const BulkThread& thread = *state.threads[lane];
-    if (thread.waited >= thread.issued) continue;
+    if (thread.waited >= thread.issued) {
+      for (const uint32_t statement : thread.covering)
+        warp.cluster->launch->heard[statement].store(1, std::memory_order_relaxed);
+      continue;
+    }
     const Statement& last = warp.program->text->statements[thread.last_statement];
     warp.fail(ErrorKind::in_flight,
               "the thread exits while " + std::to_string(thread.issued - thread.waited) +
@@ -129,25 +133,43 @@ void check_bulk_at_exit(Warp& warp, uint32_t lanes) {
 
 namespace {
 
-Step exec_commit_group(Warp& warp, const Instr&) {
+Step exec_commit_group(Warp& warp, const Instr& i) {
   if (!warp.bulk) return Step::next;  // an empty group is trivially complete
   BulkState& state = bulk_state(warp);
   for (uint32_t rest = warp.mask & state.used; rest; rest &= rest - 1) {
     BulkThread& thread = *state.threads[__builtin_ctz(rest)];
     thread.group_ends.push_back(thread.issued);
+    thread.commits.push_back(i.statement);
   }
   return Step::next;
 }
 
+// A wait teaches something: of the operations up to the group that `first_commit` closed. It stands for what the last
+// wait taught, if nothing has been made of that yet.
+void note_wait(Warp& warp, BulkThread& thread, uint32_t wait, size_t first_commit, bool sources_only) {
+  auto& unused = warp.unused_waits;
+  if (!sources_only || thread.covers_sources_only)
+    for (const uint32_t statement : thread.covering)
+      unused.erase(std::remove(unused.begin(), unused.end(), statement), unused.end());
+  thread.covering = {wait};
+  thread.covering.insert(thread.covering.end(), thread.commits.begin() + long(first_commit), thread.commits.end());
+  thread.covers_sources_only = sources_only;
+  for (const uint32_t statement : thread.covering)
+    if (std::find(unused.begin(), unused.end(), statement) == unused.end()) unused.push_back(statement);
+}
+
 // Waits until at most `pending` groups of a thread are incomplete.
-void wait_for_groups(Warp& warp, BulkThread& thread, uint64_t pending, bool sources_only) {
+void wait_for_groups(Warp& warp, BulkThread& thread, uint64_t pending, bool sources_only, uint32_t statement) {
   const size_t groups = thread.group_ends.size();
   if (pending >= groups) return;
   const uint32_t done = thread.group_ends[groups - 1 - pending];
   warp.cluster->drain(thread.queue, thread.issued - done);
+  if (warp.clock.at(thread.reads) < done || (!sources_only && warp.clock.at(thread.writes) < done))
+    note_wait(warp, thread, statement, groups - 1 - pending, sources_only);
   warp.clock.know(thread.reads, done);
   if (!sources_only) warp.clock.know(thread.writes, done);
   thread.waited = std::max(thread.waited, done);
+  warp.order.lanes_differ = true;
 }
 
 template <bool sources_only>
@@ -155,7 +177,7 @@ Step exec_wait_group(Warp& warp, const Instr& i) {
   if (!warp.bulk) return Step::next;
   BulkState& state = bulk_state(warp);
   for (uint32_t rest = warp.mask & state.used; rest; rest &= rest - 1)
-    wait_for_groups(warp, *state.threads[__builtin_ctz(rest)], i.imm, sources_only);
+    wait_for_groups(warp, *state.threads[__builtin_ctz(rest)], i.imm, sources_only, i.statement);
   return Step::next;
 }
 

@@ -81,6 +81,9 @@ struct BulkThread {
   ActorId reads = 0, writes = 0;
   uint32_t issued = 0;                // operations so far
   std::vector<uint32_t> group_ends;   // `issued` at each commit_group
+  std::vector<uint32_t> commits;      // and the statement that it was
+  std::vector<uint32_t> covering;     // the last wait that taught something, and the commits that it counted
+  bool covers_sources_only = false;   // that wait was wait_group.read
   uint32_t waited = 0;                // operations whose source some wait has covered
   uint32_t last_statement = 0;
 };

@@ -83,15 +83,24 @@ bool knows_all(const std::vector<uint32_t>& known, const std::vector<uint32_t>& 
   return true;
 }
 
+bool knows_lanes(const Clock& known, const LaneKnowledge& told) {
+  return (told.seen <= known.at(told.actor) || known.lanes_seen(told.actor, told.lanes, told.seen)) &&
+         (told.proxied <= known.proxied_at(told.actor) || known.lanes_proxied(told.actor, told.lanes, told.proxied));
+}
+
+bool knows(const Clock& known, const Clock& told) {
+  return knows_all(known.seen, told.seen) && knows_all(known.proxied, told.proxied) &&
+         std::all_of(told.partial.begin(), told.partial.end(),
+                     [&](const LaneKnowledge& k) { return knows_lanes(known, k); });
+}
+
 // A wait is about to pass. It was needed unless the barrier is as it was initialised, or tells only what the warp
 // knows; the arrivals of the phase have been waited for in any case.
 void hear(Warp& w, const MBarrier& b) {
   if (b.phase == 0) return;
   auto& heard = w.cluster->launch->heard;
   const uint32_t wait = statement_of(*w.cluster, &w);
-  const bool nothing_new = w.cluster->race.enabled && b.completed.partial.empty() &&
-                           knows_all(w.clock.seen, b.completed.seen) &&
-                           knows_all(w.clock.proxied, b.completed.proxied);
+  const bool nothing_new = w.cluster->race.enabled && knows(w.clock, b.completed);
   if (!nothing_new && !heard[wait].load(std::memory_order_relaxed)) add_once(w.unused_waits, wait);
   for (const uint32_t statement : b.heard) heard[statement].store(1, std::memory_order_relaxed);
 }

@@ -26,7 +26,9 @@ bool is_fixed_special(const std::string& name) {
 bool acts(const Statement& s) {
   static const std::set<std::string> mnemonics = {"ld", "st", "atom", "red", "cp", "bar", "barrier", "wgmma", "tcgen05",
                                                   "ldmatrix", "stmatrix", "clusterlaunchcontrol", "griddepcontrol"};
-  return mnemonics.count(s.mnemonic()) != 0;
+  const bool groups = s.opcode.rfind("cp.async.bulk.commit_group", 0) == 0 ||
+                      s.opcode.rfind("cp.async.bulk.wait_group", 0) == 0;
+  return mnemonics.count(s.mnemonic()) != 0 && !groups;
 }
 
 uint32_t slots_of(RegClass cls) { return cls == RegClass::b128 ? 4 : cls == RegClass::b64 ? 2 : 1; }

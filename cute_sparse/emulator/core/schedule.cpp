@@ -433,8 +433,9 @@ void merge(LaunchRecord& record, const Totals& totals) {
 
 // Executed or not, they have not made a difference (Launch::heard).
 std::vector<uint32_t> unheard_statements(const Launch& launch) {
-  static const std::vector<std::string> heard_of = {"mbarrier.try_wait", "mbarrier.test_wait", "mbarrier.arrive",
-                                                    "mbarrier.expect_tx", "tcgen05.commit", "wgmma.fence"};
+  static const std::vector<std::string> heard_of = {
+      "mbarrier.try_wait", "mbarrier.test_wait", "mbarrier.arrive", "mbarrier.expect_tx", "tcgen05.commit",
+      "wgmma.fence", "bar.warp.sync", "cp.async.bulk.commit_group", "cp.async.bulk.wait_group"};
   std::vector<uint32_t> found;
   const auto& statements = launch.program->text->statements;
   for (uint32_t k = 0; k < statements.size(); ++k)
