@@ -40,11 +40,11 @@ STATEMENT = re.compile(
 
 @dataclass(frozen=True)
 class Mutation:
-    """A statement that was removed. line: 1-based in the PTX. times: how often warps executed it."""
+    """A statement that was removed. line: 1-based in the PTX. times: how often warps executed it (in one launch)."""
 
     line: int
     text: str
-    times: int
+    times: int = field(compare=False)
 
     @property
     def shape(self) -> str:
@@ -80,6 +80,27 @@ class Survey:
         lines += [f"  idle: line {m.line} (executed {m.times} times): {m.text}" for m in self.idle]
         lines += [f"  survived: line {m.line} (executed {m.times} times): {m.text}" for m in self.survived]
         return "\n".join(lines)
+
+
+def combined(surveys: Sequence[Survey]) -> Survey:
+    """One survey of a kernel from those of several launches: what one launch lacks (a second work tile, a tile without
+    keys), another has. Noticed is what some launch noticed; idle, what was idle wherever it was reached.
+
+    Raises ValueError if the surveys are not of one kernel.
+    """
+    first = surveys[0]
+    texts: dict[int, str] = {}
+    result = Survey(first.kernel)
+    for each in surveys:
+        for mutation in [*each.noticed, *each.idle, *each.survived]:
+            if each.kernel != first.kernel or texts.setdefault(mutation.line, mutation.text) != mutation.text:
+                raise ValueError(f"not of one kernel: {first.kernel} and {each.kernel}, PTX line {mutation.line}")
+        result.noticed = each.noticed | result.noticed
+    survived = dict.fromkeys(m for each in surveys for m in each.survived)
+    idle = dict.fromkeys(m for each in surveys for m in each.idle)
+    result.survived = [m for m in survived if m not in result.noticed]
+    result.idle = [m for m in idle if m not in result.noticed and m not in survived]
+    return result
 
 
 def mutations(ptx: str, reached: Mapping[int, int]) -> Iterator[tuple[Mutation, str]]:

@@ -1,4 +1,4 @@
-"""Removals that nobody notices, and why they should not matter: read off the PTX, not proven. By architecture and by the statement without its registers.
+"""Removals that nobody notices, and why they do not matter: read off the PTX. By kernel and by the statement without its registers.
 
 Statements that a launch itself shows to make no difference (a first lap's waits, a last lap's arrivals, doubled fences)
 are not listed: `emulator.mutate` tells them apart as idle.
@@ -10,46 +10,29 @@ from collections import Counter
 
 from cute_sparse.emulator.mutate import Survey
 
-PING_PONG = "the warpgroups take turns on the tensor core: a schedule for speed; no data passes under it"
-LAST_STORE = "the wait for a store's reads guards the memory against the next work tile; this launch has none behind it"
-RELEASE_ONLY = (
-    "a slot whose tile was skipped is only handed back; what fills it next is ordered behind the other warpgroups' "
-    "arrivals, too, in this launch"
+MEET_AGAIN = (
+    "all lanes of the load or MMA warp read a skip decision, whose slot is written again eight KV tiles later; they meet "
+    "between the two in any case, at the other query tile's decision or the next one"
 )
-NOT_EXPLAINED = "not explained yet: a bound that may only fall"
-BEFORE_IDLE_ARRIVAL = (
-    "orders the lanes before an arrival that nobody waits for in this launch (its last lap), or after a read by all lanes "
-    "of one word, which counts as the first lane's"
-)
-SCOREBOARD = (
-    "a loaded register is consumed before anything is handed on, and the assembler makes that wait for the load "
-    "(FlashAttention-4's forward has no tcgen05.wait::ld at all)"
-)
-TCGEN05_FENCE = (
-    "a kernel that has both kinds of this fence is held to them, and no access in this launch depended on this one; "
-    "that it is doubled has not been proven"
+LAST_BEFORE_THE_END = (
+    "the last wait of the softmax and of the correction warps, for a barrier of another role; the warp then tells that its "
+    "tensor memory may be freed, and ends. It orders shared memory that nobody touches any more"
 )
 
 # (reason, how many statements of this shape may survive in one kernel)
 EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
-    "sm_90a": {
-        "bar.sync %, 256;": (PING_PONG, 2),
-        "bar.sync %, 128;": (LAST_STORE, 1),
-        "cp.async.bulk.wait_group.read 0;": (LAST_STORE, 1),
-        "mbarrier.try_wait.parity.shared.b64 P1, [%], %, 10000000;": (RELEASE_ONLY, 1),
-        "bar.warp.sync -1;": (BEFORE_IDLE_ARRIVAL, 2),
-    },
-    "sm_100a": {
-        "tcgen05.wait::ld.sync.aligned;": (SCOREBOARD, 14),
-        "tcgen05.fence::before_thread_sync;": (TCGEN05_FENCE, 2),
-        "tcgen05.fence::after_thread_sync;": (TCGEN05_FENCE, 3),
-        "bar.warp.sync -1;": (BEFORE_IDLE_ARRIVAL, 6),
-        "mbarrier.try_wait.parity.shared.b64 P1, [%], %, 10000000;": (NOT_EXPLAINED, 1),
+    "our prefill, sm_90a, dense": {},
+    "our prefill, sm_90a, threshold": {},
+    "our prefill, sm_100a, dense": {},
+    "our prefill, sm_100a, threshold": {"bar.warp.sync -1;": (MEET_AGAIN, 3)},
+    "FlashAttention-4, sm_90a": {},
+    "FlashAttention-4, sm_100a": {
+        "mbarrier.try_wait.parity.shared.b64 P1, [%], %, 10000000;": (LAST_BEFORE_THE_END, 2)
     },
 }
 
 
-def unexplained(arch: str, survey: Survey) -> list[str]:
+def unexplained(kernel: str, survey: Survey) -> list[str]:
     """The surviving statements beyond those that EXCEPTIONS explains."""
     survived = Counter(mutation.shape for mutation in survey.survived)
-    return [shape for shape, count in survived.items() if count > EXCEPTIONS[arch].get(shape, ("", 0))[1]]
+    return [shape for shape, count in survived.items() if count > EXCEPTIONS[kernel].get(shape, ("", 0))[1]]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 from cute_sparse import emulator
+from tests.emulator.flash_attention_4 import forget_the_gpu
 
 pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
 
@@ -19,13 +18,8 @@ TOLERANCE = 4e-3
 
 @pytest.fixture(params=list(emulator.ARCHES))
 def arch(request: pytest.FixtureRequest) -> str:
-    """The library asks for the GPU once and keeps the answer; each test may have another GPU."""
     yield request.param
-    libraries = ("flash_attn.", "quack.")
-    for name, module in list(sys.modules.items()):
-        for value in vars(module).values() if name.startswith(libraries) else ():
-            if hasattr(value, "cache_clear") and getattr(value, "__module__", "").startswith(libraries):
-                value.cache_clear()
+    forget_the_gpu()
 
 
 def inputs(seqlen_q: int, seqlen_k: int, heads_q: int, heads_kv: int, head_dim: int) -> list[torch.Tensor]:
