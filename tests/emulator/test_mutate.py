@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from cute_sparse.kernels.blackwell import config as blackwell_config
+from cute_sparse.kernels.hopper import config as hopper_config
 
 import cute_sparse
 from cute_sparse import emulator
 from cute_sparse.emulator import mutate
 from cute_sparse.emulator.text import module, run_ptx
-from cute_sparse.kernels.blackwell import config as blackwell_config
-from cute_sparse.kernels.hopper import config as hopper_config
 from cute_sparse.workloads import structured_qkv
 from tests.emulator.flash_attention_4 import forget_the_gpu
 from tests.emulator.mutation_exceptions import unexplained
