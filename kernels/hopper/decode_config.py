@@ -31,14 +31,16 @@ ROW_STATE_BYTES = 2 * 4  # per row and P slot: a factor and a maximum, fp32
 
 TILE_NS = (64, 128)
 P_STAGES = 3  # kept tiles by which the scores may be ahead of P V: V's latency, at one tile per 1700 clocks
+STAGES_MAX = 24  # beyond which more bytes under way gain nothing
 MIN_KEYS = 256  # of a CTA's part of the line of all tiles: a guess at what outweighs combining its result
 
 BYTES_PER_CYCLE = 19.0
-BYTES_IN_FLIGHT = 64 << 10  # an SM's share of the bandwidth times 2 us, above the latency under load (an estimate)
-TILE_CYCLES = 250  # of the scores role per tile: barriers, wgmma latency, the vote (an estimate, not yet measured)
-# Of the scores role per key, for a warp's 16 rows: 8 exponentials a thread pair at 4 lanes a clock, and about as many
-# issue slots for maximum, multiply-add, sum, conversion and copy (an estimate, likewise).
-KEY_CYCLES = 8.0
+BYTES_IN_FLIGHT = 80 << 10  # an SM's share of the bandwidth for 2 us, twice the latency under load (an estimate)
+# Of the score role, for a tile and for each of its keys: what the emulator's time model makes of the kernel with tiles
+# of 64 and 128 keys, head dims 64 and 128 (`HopperDecode`); not measured. A skipped tile takes less than the former.
+TILE_CYCLES = 300
+KEY_CYCLES = 7.0
+NOT_HIDDEN = 0.1  # of the shorter of two things that run side by side: a guess
 
 
 @dataclass(frozen=True)
@@ -105,37 +107,49 @@ def fits(problem: Problem, config: Config) -> bool:
 
 
 def candidates(problem: Problem) -> list[Config]:
-    """For every tile size, the deepest rings of K and V that fit, K's no shallower than V's."""
+    """For every tile size, the deepest rings of K and V that fit, as even as K's being no shallower than V's allows.
+
+    With a threshold V is loaded after its tile's decision, and the scores are at most P's slots ahead: more slots than
+    those and the one that is being read would never fill, and are K's instead.
+    """
+    v_stages_max = P_STAGES + 1 if problem.sparsity else STAGES_MAX
     found = []
     for tile_n in TILE_NS:
+        k, v = k_bytes(problem, tile_n), v_bytes(problem, tile_n)
         for q_stages in (2, 1):
-            fitting = [
-                config
-                for v_stages in range(2, 17)
-                for k_stages in (v_stages, v_stages + 1)
-                if fits(problem, config := Config(
-                    tile_n, k_stages, v_stages, q_stages=q_stages, min_tiles=MIN_KEYS // tile_n
-                ))
-            ]  # fmt: skip
-            found += fitting[-1:]
+            rings = [
+                Config(tile_n, k_stages, v_stages, q_stages=q_stages, min_tiles=MIN_KEYS // tile_n)
+                for v_stages in range(2, v_stages_max + 1)
+                for k_stages in range(v_stages, STAGES_MAX + 1)
+            ]
+            fitting = [config for config in rings if fits(problem, config)]
+            if fitting:
+                found.append(max(fitting, key=lambda c: (c.k_stages * k + c.v_stages * v, c.v_stages)))
     return found
 
 
 def cost(problem: Problem, config: Config) -> float:
     """Estimated SM cycles per key and KV head; lower is better.
 
-    A tile takes as long as its bytes or its scores, whichever is more; with fewer bytes under way than the latency
-    asks for, the bytes take longer in proportion. Loading Q late costs a little for every item.
+    A tile takes as long as its bytes or its scores, whichever is more, and a little of the other. With fewer bytes
+    under way than the latency asks for, the bytes take longer in proportion; with a threshold this is the mean of
+    tiles that are kept and tiles that are skipped, whose K is all there is. Loading Q late costs a little for every
+    item.
     """
     k, v = k_bytes(problem, config.tile_n), v_bytes(problem, config.tile_n)
     # A slot of each ring is being read.
-    in_flight = (config.k_stages - 1) * k + (config.v_stages - 1) * v
-    bytes_cycles = (k + v) / BYTES_PER_CYCLE * max(1.0, BYTES_IN_FLIGHT / in_flight)
+    k_in_flight, v_in_flight = (config.k_stages - 1) * k, (config.v_stages - 1) * v
     mma = 2 * WARPGROUP_ROWS * config.tile_n * padded(problem.head_dim) / MMA_FLOP_PER_CYCLE
-    score = max(mma, config.tile_n * KEY_CYCLES) + TILE_CYCLES
+    tiles = [(k + v, k_in_flight + v_in_flight, TILE_CYCLES + max(mma, config.tile_n * KEY_CYCLES))]
+    if problem.sparsity:
+        tiles.append((k, k_in_flight, TILE_CYCLES))
+    cycles = 0.0
+    for tile_bytes, in_flight, score in tiles:
+        moving = tile_bytes / BYTES_PER_CYCLE * max(1.0, BYTES_IN_FLIGHT / in_flight)
+        cycles += (max(moving, score) + NOT_HIDDEN * min(moving, score)) / len(tiles)
     late_q = 0.02 if config.q_stages == 1 else 0.0
     wide_tile = 0.05 if problem.sparsity and config.tile_n > TILE_NS[0] else 0.0  # is skipped less often
-    return max(bytes_cycles, score) / config.tile_n * (1.0 + late_q + wide_tile)
+    return cycles / config.tile_n * (1.0 + late_q + wide_tile)
 
 
 def choose(problem: Problem) -> Config:
