@@ -169,7 +169,6 @@ class Event(NamedTuple):
     flags: Any
     p_slot: Any
     v_slot: Any
-    v_phase: Any
     first_key: Any  # in the tile: the keys before it, and from `end_key` on, are to be hidden
     end_key: Any
 
@@ -545,7 +544,7 @@ class Decode:
                     flags = cutlass.select_(moved & started, Int32(RESCALE), Int32(0))
                     flags = flags | cutlass.select_((first_key > 0) | (end_key < config.tile_n), Int32(HIDE), Int32(0))
                     if flags != 0:
-                        event = Event(flags, p_cursor.index, v_cursor.index, v_cursor.phase, first_key, end_key)
+                        event = Event(flags, p_cursor.index, v_cursor.index, first_key, end_key)
                         self._raise(pipes, tiles, event, event_parity)
                         event_parity = event_parity ^ 1
                     with cute.arch.elect_one():
@@ -567,10 +566,9 @@ class Decode:
                     n_block, moved = self._message(pipes, tiles, p_cursor)
                 nothing = Int32(0)
                 flags = Int32(FINISH)
-                event = Event(flags, p_cursor.index, nothing, nothing, nothing, nothing)
+                event = Event(flags, p_cursor.index, nothing, nothing, nothing)
                 self._raise(pipes, tiles, event, event_parity)
                 event_parity = event_parity ^ 1
-                tmem.fence_before_sync()
                 pipes.p.release(p_cursor)
                 p_cursor = pipes.p.advanced(p_cursor)
             walk = op.plan.next(walk)
@@ -591,7 +589,6 @@ class Decode:
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(len(event)):
                 tiles.sEvent[i] = event[i]
-            tmem.fence_before_sync()
             cute.arch.mbarrier_arrive(pipes.event)
             umma.commit(pipes.event)
         cute.arch.mbarrier_wait(pipes.event_done, parity)
@@ -676,7 +673,8 @@ class Decode:
 
     @cute.jit
     def _clear_probabilities(self, lane: Int32):
-        """P of rows that nobody computes, and of other warps' keys, is zero and stays so; and so are their factors."""
+        """P of rows that nobody computes, and of other warps' keys, is zero and stays so; and so are their factors.
+        The first delivery waits for these stores, too."""
         plan = self.config.tmem
         for slot in cutlass.range_constexpr(self.config.p_stages):
             tmem.store(
@@ -684,7 +682,6 @@ class Decode:
                 [Int32(0)] * plan.probabilities_stride,
             )
             tmem.store(lane + plan.row_words + slot * ROW_WORDS, [Float32(0.0)] * ROW_WORDS)
-        tmem.wait_stores()
 
     @cute.jit
     def _scores(self, op: Operands, cursor: Cursor, place, band, n_block: Int32, masked: Boolean, scores, tile_max):
@@ -818,7 +815,7 @@ class Decode:
                     if event.flags & RESCALE != 0:
                         self._rescale(lane, event)
                     if event.flags & HIDE != 0:
-                        self._hide(pipes, tiles, event, thread)
+                        self._hide(tiles, event, thread)
                     self._done(pipes)
                     parity = parity ^ 1
                     event = self._next_event(pipes, tiles, parity)
@@ -854,11 +851,10 @@ class Decode:
         tmem.wait_stores()
 
     @cute.jit
-    def _hide(self, pipes: Pipes, tiles: Tiles, event: Event, thread: Int32):
+    def _hide(self, tiles: Tiles, event: Event, thread: Int32):
         """Set the rows of V of keys that nobody sees to zero. The swizzle moves 16 bytes only within a key's row of a
         strip, so rows are set to zero as if there were none."""
         config = self.config
-        cute.arch.mbarrier_wait(pipes.v.full(Cursor(event.v_slot, event.v_phase)), event.v_phase)
         zeros = cute.make_rmem_tensor(VECTOR_WORDS, Int32)
         zeros.fill(0)
         row_bytes = config.v_strip * ELEMENT_BYTES
