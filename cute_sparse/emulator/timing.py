@@ -28,7 +28,8 @@ NOT_TRACED = -2
 class WarpTime:
     """One warp, in clocks. end: when its last instruction issued. issued: instructions that took an issue slot. units:
     clocks for which it kept a unit busy ("fma", "alu", "mufu": its sub-partition's). waits: clocks held by "mbarrier",
-    "bar.sync", "cluster", "wgmma", "tensor memory", "TMA store"; lines: the same by the PTX line of the wait."""
+    "bar.sync", "cluster", "wgmma", "tensor memory", "bulk group" (cp.async's, too); lines: the same by the
+    PTX line of the wait."""
 
     warp: int
     end: float

@@ -160,6 +160,15 @@ def test_a_round_trip_to_global_memory_takes_the_latency_and_the_bytes():
     assert trip(1024, farther) - trip(1024) == 1000
 
 
+def test_copies_by_groups_are_waited_for():
+    copy = "cp.async.cg.shared.global [%r2+1024], [%d0], 16; cp.async.commit_group; cp.async.wait_group 0;"
+    waited, unwaited = (
+        clocks(f"@!%p0 bra END; {copies} END:")
+        for copies in (copy * 3, copy.replace("cp.async.wait_group 0;", "") * 2 + copy)
+    )
+    assert waited - unwaited == pytest.approx(2 * HOPPER.tma_latency, rel=0.05)
+
+
 @pytest.mark.parametrize("barrier", ["mbarrier", "bar.sync"])
 def test_a_wait_that_is_removed_changes_the_estimate(barrier):
     """Warp 0 computes and signals; warp 1 waits (or not) and computes as much."""

@@ -47,6 +47,7 @@ struct Cost {
   double columns = 0;
   double rate = 1;        // against 16-bit operands
   uint64_t groups = 0;    // that a wait leaves
+  bool grouped = false;   // a load that a wait for groups waits for: cp.async without .bulk
 };
 
 double setting(const Settings& s, const char* name) {
@@ -196,6 +197,7 @@ class Costs {
       c.act = Act::bulk_store;
     } else {
       c.act = Act::bulk_load;
+      c.grouped = !s.has("bulk");
     }
     return c;
   }
@@ -618,7 +620,7 @@ class Run {
         double until = now;
         for (size_t k = 0; k + cost.groups < w.bulk_groups.size(); ++k)
           until = std::max(until, cost.act == Act::bulk_wait ? w.bulk_groups[k].done : w.bulk_groups[k].read);
-        hold(w, e, now, until, "TMA store");
+        hold(w, e, now, until, "bulk group");
         break;
       }
       case Act::late_arrival: arrives = now + get("global_latency"); break;
@@ -721,10 +723,12 @@ class Run {
   }
 
   double load_bulk(WarpRun& w, Sm& sm, const Entry& e, double now) {
-    const double begin = std::max(now, sm.tma_in), clocks = amount(w, e, {Note::Kind::loaded}) / l2_bytes_;
+    const double bytes = amount(w, e, {Note::Kind::loaded, Note::Kind::global_read});
+    const double begin = std::max(now, sm.tma_in), clocks = bytes / l2_bytes_;
     sm.tma_in = begin + clocks;
     sm.tma_busy += clocks;
     const double done = sm.tma_in + get("tma_latency");
+    if (e.cost->grouped) w.bulk_open.done = w.bulk_open.read = std::max(w.bulk_open.done, done);
     event(w.cta, "TMA loads", "load", now, done);
     return done;
   }
