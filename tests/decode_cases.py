@@ -111,7 +111,9 @@ CASES = {
     "pages of 128, skip, softcap": DecodeCase(
         page_size=128, lengths=(700, 128, 129), threshold=0.01, softcap=30.0, num_splits=2
     ),
-    "pages of 32, full": DecodeCase(page_size=32, lengths=(200, 31, 33, 2), causal=False, seqlen_q=4),
+    "pages of 32, window to both sides": DecodeCase(
+        page_size=32, lengths=(200, 31, 33, 2), causal=False, window=(90, 2), seqlen_q=4
+    ),
     # contiguous
     "contiguous": CONTIGUOUS,
     "contiguous, four queries, three splits": replace(CONTIGUOUS, seqlen_q=4, num_splits=3),

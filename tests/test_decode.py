@@ -373,6 +373,39 @@ def test_k_is_loaded_of_every_tile_visited_and_v_of_every_tile_kept_and_nothing_
     assert got.stats.v_bytes_not_read.sum() == (visited - kept) * keys_bytes * case.head_dim_v
 
 
+@pytest.mark.parametrize("name", ["paged", "skip, pages of 16", "pages of 32, window to both sides"])
+def test_neither_unused_entries_of_the_page_table_nor_the_pages_that_they_name_are_read(arch, name, monkeypatch):
+    """They are taken out of the device's memory, where any access is an error; all name one page that exists."""
+    case = CASES[name]
+    inputs = make_decode_inputs(case)
+    columns = [
+        slice(case.first_key(length) // case.page_size, -(-length // case.page_size)) for length in case.lengths
+    ]
+    unused = inputs.k_cache.shape[0]
+    table = torch.full_like(inputs.page_table, unused)
+    for index, used in enumerate(columns):
+        table[index, used] = inputs.page_table[index, used]
+    k, v = (torch.cat([cache, cache[:1]]) for cache in (inputs.k_cache, inputs.v_cache))
+    inputs = replace(inputs, k_cache=k, v_cache=v, page_table=table)
+    with cute_sparse.emulated(arch) as device:
+        expected = call(case, inputs, return_lse=True, return_stats=True)
+        accessible = [(k, [k[:-1]]), (v, [v[:-1]]), (table, [table[i, used] for i, used in enumerate(columns)])]
+        for tensor, parts in accessible:
+            device.memory._core.remove_memory(tensor.untyped_storage().data_ptr())
+            for part in parts:
+                if part.numel():
+                    device.memory._core.add_memory(part.data_ptr(), part.nbytes, "what may be read")
+        add = type(device.memory).add
+
+        def add_others(self, tensor, name=None):
+            if not any(tensor is other for other, _ in accessible):
+                add(self, tensor, name)
+
+        monkeypatch.setattr(type(device.memory), "add", add_others)
+        got = call(case, inputs, return_lse=True, return_stats=True)
+    assert same_bits(got, expected)
+
+
 def test_at_nothing_skipped_the_loads_and_matrix_instructions_are_those_of_the_dense_kernel(arch):
     case = CASES["paged"]
     inputs = make_decode_inputs(case)
