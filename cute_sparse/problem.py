@@ -83,6 +83,10 @@ class TileGeometry:
     has row_max = -inf and votes to keep what it sees). Maxima propagate NaN: from its first NaN score on,
     a row votes to keep every tile in which it sees a key.
     A group wholly outside the sequence is neither decided, nor counted, nor in the skip map.
+
+    In decode a group is `tile_rows` packed rows of a KV head (row i * group + g is query i of its g-th query head), and
+    all groups of a sequence visit the tiles in which any of its queries may see a key. The range is cut into splits
+    (`splits.py`): to each the rule applies as to a range of its own, so that each keeps its first tile.
     """
 
     tile_m: int
