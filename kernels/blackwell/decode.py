@@ -65,7 +65,6 @@ OUTPUT_FRAGMENT = 16  # columns of O in registers at a time
 VECTOR_BYTES = 16
 VECTOR_WORDS = VECTOR_BYTES // 4
 VECTOR = VECTOR_BYTES // ELEMENT_BYTES  # elements of one vector load
-WORDS_PER_THREAD = SUM_COLUMNS // WARPS_PER_GROUP  # columns of a row that a thread adds up at a time
 Q_BATCH = 4  # vectors of Q that a lane has under way
 KEPT, SKIPPED = 1, 2  # in the skip map
 END, END_EMPTY = -1, -2  # instead of a KV tile in a message: the segment is over; no tile of it was kept
@@ -106,8 +105,8 @@ class Tiles(NamedTuple):
     sTile: Any  # (p_stages,) int32: the KV tile whose P is in a slot, or END, or END_EMPTY
     sMoved: Any  # (warps, p_stages) int32: whether the warp moved a reference of its rows
     sEvent: Any  # (EVENT_WORDS,) int32
-    sMax: Any  # (warps, lanes, 2) fp32: maxima of the quarters of a tile's keys; two tiles'
-    sSum: Any  # (SUM_COLUMNS, lanes, warps) fp32: columns of O of the quarters
+    sMax: Any  # (TILE_M * 2,) fp32: maxima of the parts of a tile's keys; two tiles'
+    sSum: Any  # (SUM_COLUMNS * TILE_M,) fp32: columns of O of the parts
     sWalk: Any  # (WALK_WORDS,) int32
 
 
@@ -128,7 +127,7 @@ class Operands:
     sK_layout: cute.ComposedLayout
     sV_layout: cute.ComposedLayout
     group: Int32  # query heads per KV head
-    narrow: Boolean  # all rows fit `narrow_rows`
+    parts: Int32  # 4, 2 or 1: into how many a tile's keys are divided among the softmax warps
 
 
 class Keys(NamedTuple):
@@ -149,14 +148,15 @@ class Place(NamedTuple):
     """What a softmax thread knows of its place in a segment.
 
     row      in the row block
+    part     of a tile's keys
     columns  of a tile that it takes (known while tracing), from `first_column` on
     active   its warp has a row that exists
     """
 
     row: Any
+    part: Any
     columns: Any
     first_column: Any
-    warp: Any
     lane: Any  # tensor-memory address of the warp's first lane, column 0
     q_idx: Any
     exists: Any
@@ -193,11 +193,11 @@ class Decode:
       value_mma   a warp, one elected thread: O += P V of kept tiles
       correction  a warpgroup: what seldom happens to O and V, and the results of a segment
 
-    Narrow and wide. With more than 32 packed rows a softmax thread owns a row, its tensor-memory lane. With at most 32
-    (a query group of 8 with up to 4 queries) the rows of Q are laid down four times, once for the lanes of each warp:
-    each warp takes a quarter of a tile's keys, the 16 of one instruction of P V, and that instruction updates O in the
-    warp's lanes alone (so that V of other keys, be it inf, does not meet the zeros of P there). At a segment's end the
-    four quarters of O are added up, like splits.
+    Few rows. With more than 64 packed rows a softmax thread owns a row, its tensor-memory lane. With at most 32 (a
+    query group of 8 with up to 4 queries) the rows of Q are laid down four times, once for the lanes of each warp: each
+    warp takes a quarter of a tile's keys, the 16 of one instruction of P V, and that instruction updates O in the
+    warp's lanes alone (so that V of other keys, be it inf, does not meet the zeros of P there). With at most 64 there
+    are two copies, and halves of the keys. At a segment's end the parts of O are added up, like splits.
 
     Pipelines (producer -> consumer: slots; what completes it: arrivals)
       q        load_q -> score_mma: 1; full: 1; empty: 1 commit of the segment's last Q K^T
@@ -233,7 +233,7 @@ class Decode:
         self.boxes = config.tile_n // self.box_rows  # of a tile, per strip
         self.steps_k = config.head_dim // umma.INSTRUCTION_K
         self.steps_v = config.tile_n // umma.INSTRUCTION_K
-        assert self.steps_v == WARPS_PER_GROUP, "each warp of a narrow launch has the keys of one instruction of P V"
+        assert self.steps_v == WARPS_PER_GROUP, "a quarter of a tile's keys is one instruction of P V"
         self.s_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.tile_n, b_major_mn=False)
         self.o_instruction = umma.instruction_descriptor(self.dtype, TILE_M, config.head_dim_v, b_major_mn=True)
 
@@ -285,7 +285,7 @@ class Decode:
             sK_layout,
             sV_layout,
             group,
-            decode.seqlen_q * group <= config.narrow_rows,
+            key_parts(decode.seqlen_q * group),
         )
         grid = (decode.ctas, 1, 1)
         self.kernel(operands).launch(grid=grid, block=(config.threads, 1, 1), stream=stream, min_blocks_per_mp=1)
@@ -321,10 +321,12 @@ class Decode:
 
         if warp < config.correction_warp:
             cute.arch.setmaxregister_increase(config.registers_softmax)
-            if op.narrow:
-                self.softmax(op, pipes, tiles, base, True)
+            if op.parts == 4:
+                self.softmax(op, pipes, tiles, base, 4)
+            elif op.parts == 2:
+                self.softmax(op, pipes, tiles, base, 2)
             else:
-                self.softmax(op, pipes, tiles, base, False)
+                self.softmax(op, pipes, tiles, base, 1)
         elif warp < config.score_mma_warp:
             cute.arch.setmaxregister_decrease(config.registers_correction)
             self.correct(op, pipes, tiles, base)
@@ -349,8 +351,8 @@ class Decode:
 
     @cute.jit
     def load_q(self, op: Operands, pipes: Pipes, tiles: Tiles):
-        """One segment after the other: the packed rows of Q, four times if narrow. Rows that do not exist are zero at
-        first and then those of some segment before; nobody looks at what comes of them."""
+        """One segment after the other: the packed rows of Q, once for each part of the keys. Rows that do not exist
+        are zero at first and then those of some segment before; nobody looks at what comes of them."""
         config, q = self.config, op.decode.q
         lane = cute.arch.lane_idx()
         vectors_per_row = config.head_dim // VECTOR
@@ -359,7 +361,7 @@ class Decode:
         sQ_address = tiles.sQ.iterator.toint()
         for first in cutlass.range(0, config.q_bytes, VECTOR_BYTES * THREADS_PER_WARP, unroll=1):
             cute.autovec_copy(zeros, _shared_words(sQ_address + first + lane * VECTOR_BYTES))
-        copies = cutlass.select_(op.narrow, Int32(WARPS_PER_GROUP), Int32(1))
+        rows_per_part = TILE_M // op.parts
         cursor = producer_cursor()
         walk = op.plan.first(tiles.sWalk)
         while op.plan.more(walk):
@@ -383,8 +385,8 @@ class Decode:
                         number = first + i * THREADS_PER_WARP
                         row, column = number // vectors_per_row, VECTOR * (number % vectors_per_row)
                         if number < count:
-                            for copy in cutlass.range(copies, unroll=1):
-                                offset = self._q_offset(row + copy * config.narrow_rows, column)
+                            for part in cutlass.range(op.parts, unroll=1):
+                                offset = self._q_offset(row + part * rows_per_part, column)
                                 cute.autovec_copy(batch[None, i], _shared_words(sQ_address + offset))
                 cute.arch.fence_view_async_shared()
                 cute.arch.sync_warp()
@@ -530,7 +532,9 @@ class Decode:
         config, plan = self.config, self.config.tmem
         v = _operand(op.mma_o.make_fragment_B(tiles.sV))
         p_cursor, v_cursor, event_parity = consumer_cursor(), consumer_cursor(), Int32(0)
-        others = cutlass.select_(op.narrow, Int32(-1), Int32(0))  # a quarter of the keys is for one warp's lanes alone
+        # Lanes of other quarters of the keys, and of the other half, are not updated.
+        other_quarters = cutlass.select_(op.parts == 4, Int32(-1), Int32(0))
+        other_half = cutlass.select_(op.parts > 1, Int32(-1), Int32(0))
         walk = op.plan.first(tiles.sWalk)
         while op.plan.more(walk):
             segment = op.plan.segment(walk)
@@ -552,9 +556,12 @@ class Decode:
                         v_first = v.first + Int64(v_cursor.index * v.slot_stride)
                         for step in cutlass.range_constexpr(self.steps_v):
                             p_step = probabilities + step * umma.INSTRUCTION_K // 2  # two elements of P a column
-                            # If narrow, each step is the first of its own lanes.
-                            accumulate = started if step == 0 else started | ~op.narrow
-                            disabled = [Int32(0) if warp == step else others for warp in range(WARPS_PER_GROUP)]
+                            # A step that is the first of its own lanes does not accumulate at a segment's beginning.
+                            accumulate = started if step == 0 else started | (op.parts < (2 if step == 2 else 4))
+                            disabled = [
+                                Int32(0) if warp == step else other_quarters if warp // 2 == step // 2 else other_half
+                                for warp in range(WARPS_PER_GROUP)
+                            ]
                             v_step = v_first + v.steps[step]
                             _issue_in_lanes(
                                 base + plan.output, p_step, v_step, self.o_instruction, accumulate, disabled
@@ -598,14 +605,16 @@ class Decode:
 
     @cute.jit
     def softmax(
-        self, op: Operands, pipes: Pipes, tiles: Tiles, base: cutlass.Constexpr[int], narrow: cutlass.Constexpr[bool]
+        self, op: Operands, pipes: Pipes, tiles: Tiles, base: cutlass.Constexpr[int], parts: cutlass.Constexpr[int]
     ):
+        """With more than one part, thread t has row t mod (128 / parts) and part t / (128 / parts) of the keys."""
         config, plan = self.config, self.config.tmem
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = base + tmem.lane_offset(warp)
-        columns = config.tile_n // WARPS_PER_GROUP if const_expr(narrow) else config.tile_n
-        row = cute.arch.lane_idx() if const_expr(narrow) else cute.arch.thread_idx()[0]
-        first_column = warp * columns if const_expr(narrow) else Int32(0)
+        columns, rows_per_part = config.tile_n // parts, TILE_M // parts
+        row = cute.arch.thread_idx()[0] % rows_per_part
+        part = warp // (WARPS_PER_GROUP // parts)
+        first_row = (warp * THREADS_PER_WARP) % rows_per_part
         self._clear_probabilities(lane)
         s_cursor, p_cursor, parity = consumer_cursor(), producer_cursor(), Int32(0)
         walk = op.plan.first(tiles.sWalk)
@@ -614,9 +623,9 @@ class Decode:
             if segment.begin < segment.end:
                 rows = self._rows(op, segment)
                 exists = row < rows.count
-                active = Boolean(True) if const_expr(narrow) else warp * THREADS_PER_WARP < rows.count
+                active = first_row < rows.count
                 band = op.plan.band(segment.batch_idx)
-                place = Place(row, columns, first_column, warp, lane, rows.query(row), exists, active)
+                place = Place(row, part, columns, part * columns, lane, rows.query(row), exists, active)
                 state = RowSoftmax.create(op.decode.scale.scale_log2, self._threshold_log2(op, rows, row))
                 state.start(-Float32.inf, exists)
                 state.row_sum[0] = Float32(0.0)
@@ -641,7 +650,7 @@ class Decode:
                     # -- the decision
                     wanted = Boolean(True)
                     if const_expr(self.sparse):
-                        wanted = self._decide(op, tiles, state, place, tile_max, i, parity, published, narrow)
+                        wanted = self._decide(op, tiles, state, place, tile_max, i, parity, published, parts)
                         parity = parity ^ 1
                     if const_expr(self.problem.return_stats):
                         self._map(op, segment, n_block, wanted)
@@ -673,8 +682,7 @@ class Decode:
 
     @cute.jit
     def _clear_probabilities(self, lane: Int32):
-        """P of rows that nobody computes, and of other warps' keys, is zero and stays so; and so are their factors.
-        The first delivery waits for these stores, too."""
+        """P of rows that nobody computes, and of other warps' keys, is zero and stays so; and so are their factors."""
         plan = self.config.tmem
         for slot in cutlass.range_constexpr(self.config.p_stages):
             tmem.store(
@@ -682,6 +690,7 @@ class Decode:
                 [Int32(0)] * plan.probabilities_stride,
             )
             tmem.store(lane + plan.row_words + slot * ROW_WORDS, [Float32(0.0)] * ROW_WORDS)
+        tmem.wait_stores()  # of a CTA without a segment: nothing else waits before tensor memory is given back
 
     @cute.jit
     def _scores(self, op: Operands, cursor: Cursor, place, band, n_block: Int32, masked: Boolean, scores, tile_max):
@@ -707,9 +716,9 @@ class Decode:
         number: Int32,
         parity: Int32,
         published,
-        narrow: cutlass.Constexpr[bool],
+        parts: cutlass.Constexpr[int],
     ) -> Boolean:
-        """Whether the tile is kept. If narrow, `tile_max` becomes the maximum over all four quarters of the keys."""
+        """Whether the tile is kept. `tile_max` becomes the maximum over all parts of the keys."""
         wants = state.wants(tile_max[0])
         first = number == 0
         if const_expr(published is not None):
@@ -717,12 +726,12 @@ class Decode:
             if published != 0:
                 bound = op.results.shared_max.value(published) + state.threshold_raw
                 wants = wants & ~(tile_max[0] < bound)
-        if const_expr(narrow):
-            tiles.sMax[place.warp, place.row, parity] = tile_max[0]
+        sMax = cute.make_tensor(tiles.sMax.iterator, cute.make_layout((parts, TILE_M // parts, 2)))
+        if const_expr(parts > 1):
+            sMax[place.part, place.row, parity] = tile_max[0]
         wanted = any_of_group(wants | first, int(NamedBarrier.VOTE), GROUP_THREADS)
-        if const_expr(narrow):
-            quarters = [tiles.sMax[i, place.row, parity] for i in range(WARPS_PER_GROUP)]
-            tile_max[0] = maximum(maximum(quarters[0], quarters[1], quarters[2]), quarters[3])
+        if const_expr(parts > 1):
+            tile_max[0] = _maximum_of([sMax[part, place.row, parity] for part in range(parts)])
         return wanted
 
     @cute.jit
@@ -774,10 +783,10 @@ class Decode:
 
     @cute.jit
     def _publish(self, op: Operands, segment: Segment, place, state, tile_max):
-        """Where a kept tile has a row's new maximum; of a narrow launch's four warps, the first does it."""
+        """Where a kept tile has a row's new maximum; the threads of the first part do it."""
         if const_expr(self.problem.share_max):
             is_new = tile_max[0] >= state.row_max[0]
-            if place.exists and segment.splits > 1 and place.first_column == 0 and is_new:
+            if place.exists and segment.splits > 1 and place.part == 0 and is_new:
                 op.results.shared_max.publish(segment.item, place.row, state.row_max[0])
 
     # ---- statistics
@@ -881,10 +890,12 @@ class Decode:
     ):
         """A segment's results: to the output, or as one of several splits, of which the last combines all."""
         rows = self._rows(op, segment)
-        if op.narrow:
-            self._finish_narrow(op, pipes, tiles, segment, rows, lane, thread, kept, row_max, row_sum)
+        if op.parts == 4:
+            self._finish_parts(op, pipes, tiles, segment, rows, lane, thread, kept, row_max, row_sum, 4)
+        elif op.parts == 2:
+            self._finish_parts(op, pipes, tiles, segment, rows, lane, thread, kept, row_max, row_sum, 2)
         else:
-            self._finish_wide(op, pipes, segment, rows, lane, thread, kept, row_max, row_sum)
+            self._finish_rows(op, pipes, segment, rows, lane, thread, kept, row_max, row_sum)
         if segment.splits > 1:
             self._meet()
             is_last = Boolean(False)
@@ -894,7 +905,7 @@ class Decode:
                 op.results.combine(segment, rows, thread, GROUP_THREADS)
 
     @cute.jit
-    def _finish_wide(
+    def _finish_rows(
         self, op: Operands, pipes: Pipes, segment: Segment, rows, lane: Int32, row: Int32, kept, row_max, row_sum
     ):
         """A thread has a row."""
@@ -922,7 +933,7 @@ class Decode:
             results.leave_sum(slot, rows, row, row_max, row_sum)
 
     @cute.jit
-    def _finish_narrow(
+    def _finish_parts(
         self,
         op: Operands,
         pipes: Pipes,
@@ -934,15 +945,17 @@ class Decode:
         kept,
         row_max,
         row_sum,
+        parts: cutlass.Constexpr[int],
     ):
-        """Lane l of warp w has the quarter w of row l. They are added up, some columns at a time, through shared
-        memory, where thread t takes the columns 4 (t mod 4) on of row t / 4."""
-        config, results, sSum = self.config, op.results, tiles.sSum
-        warp, own_row = thread // THREADS_PER_WARP, thread % THREADS_PER_WARP
-        row, first_column = thread // WARPS_PER_GROUP, thread % WARPS_PER_GROUP * WORDS_PER_THREAD
+        """A thread has one part of the keys of a row, as in `softmax`. The parts of a row are added up, some columns at
+        a time, through shared memory, where each of `parts` neighbouring threads takes as many columns of a row."""
+        config, results, width = self.config, op.results, SUM_COLUMNS // parts
+        sSum = cute.make_tensor(tiles.sSum.iterator, cute.make_layout((SUM_COLUMNS, TILE_M // parts, parts)))
+        own_row, own_part = thread % (TILE_M // parts), thread // (TILE_M // parts)
+        row, first_column = thread // parts, thread % parts * width
         slot = segment.slot(segment.split)
-        sSum[0, own_row, warp] = row_sum
-        sSum[1, own_row, warp] = row_max
+        sSum[0, own_row, own_part] = row_sum
+        sSum[1, own_row, own_part] = row_max
         self._meet()
         own_max, _ = _merged(sSum, own_row)
         weight = cute.math.exp2(row_max - own_max, fastmath=True)
@@ -957,19 +970,18 @@ class Decode:
             if kept:
                 columns = tmem.load_row(lane + config.tmem.output + first, SUM_COLUMNS, SUM_COLUMNS)
                 _fill(part, multiply_row(columns, weight))
-            cute.autovec_copy(part, sSum[None, own_row, warp])
+            cute.autovec_copy(part, sSum[None, own_row, own_part])
             if const_expr(first + SUM_COLUMNS == config.head_dim_v):
                 self._done(pipes)
             self._meet()
-            values = cute.make_rmem_tensor((WORDS_PER_THREAD, 1), Float32)
-            for i in cutlass.range_constexpr(WORDS_PER_THREAD):
-                quarters = [sSum[first_column + i, row, quarter] for quarter in range(WARPS_PER_GROUP)]
-                total = (quarters[0] + quarters[1]) + (quarters[2] + quarters[3])
+            values = cute.make_rmem_tensor((width, 1), Float32)
+            for i in cutlass.range_constexpr(width):
+                total = _sum_of([sSum[first_column + i, row, part] for part in range(parts)])
                 values[i] = cutlass.select_(unseen, Float32(0.0), total)
             if segment.splits == 1:
-                results.write_row(rows, row, first + first_column, WORDS_PER_THREAD, values, inverse)
+                results.write_row(rows, row, first + first_column, width, values, inverse)
             else:
-                results.leave_row(slot, rows, row, first + first_column, WORDS_PER_THREAD, values)
+                results.leave_row(slot, rows, row, first + first_column, width, values)
             self._meet()
         if first_column == 0:
             if segment.splits == 1:
@@ -1035,8 +1047,8 @@ class Decode:
             storage.sTile.get_tensor(cute.make_layout(config.p_stages)),
             storage.sMoved.get_tensor(cute.make_layout((WARPS_PER_GROUP, config.p_stages))),
             storage.sEvent.get_tensor(cute.make_layout(EVENT_WORDS)),
-            storage.sMax.get_tensor(cute.make_layout((WARPS_PER_GROUP, THREADS_PER_WARP, 2))),
-            storage.sSum.get_tensor(cute.make_layout((SUM_COLUMNS, THREADS_PER_WARP, WARPS_PER_GROUP))),
+            storage.sMax.get_tensor(cute.make_layout(TILE_M * 2)),
+            storage.sSum.get_tensor(cute.make_layout(SUM_COLUMNS * TILE_M)),
             storage.sWalk.get_tensor(cute.make_layout(WALK_WORDS)),
         )
 
@@ -1064,7 +1076,7 @@ def shared_storage(config: DecodeConfig, dtype: type, sQ_layout, sK_layout, sV_l
         sMoved: words(Int32, WARPS_PER_GROUP * config.p_stages)
         sEvent: words(Int32, EVENT_WORDS)
         sWalk: words(Int32, WALK_WORDS)
-        sMax: words(Float32, WARPS_PER_GROUP * THREADS_PER_WARP * 2)
+        sMax: words(Float32, TILE_M * 2)
         sSum: words(Float32, SUM_COLUMNS * TILE_M)
         sQ: tile(sQ_layout)
         sK: tile(sK_layout)
@@ -1072,6 +1084,11 @@ def shared_storage(config: DecodeConfig, dtype: type, sQ_layout, sK_layout, sV_l
 
     assert SharedStorage.size_in_bytes() <= config.shared_bytes, "RESERVED_SHARED_BYTES is too small"
     return SharedStorage
+
+
+def key_parts(rows):
+    """Into how many parts a tile's keys are divided, so that as many times the rows fill the 128 lanes."""
+    return cutlass.select_(rows <= TILE_M // 4, Int32(4), cutlass.select_(rows <= TILE_M // 2, Int32(2), Int32(1)))
 
 
 def _visited(segment: Segment):
@@ -1085,13 +1102,22 @@ def _fill(registers: cute.Tensor, values: list) -> None:
 
 
 def _merged(sSum: cute.Tensor, row):
-    """(reference, sum) of a row over its quarters, whose sums and references are in columns 0 and 1."""
-    sums, maxima = ([sSum[column, row, quarter] for quarter in range(WARPS_PER_GROUP)] for column in (0, 1))
-    row_max = maximum(maximum(maxima[0], maxima[1], maxima[2]), maxima[3])
-    row_sum = Float32(0.0)
-    for part, reference in zip(sums, maxima, strict=True):
-        row_sum = row_sum + part * cute.math.exp2(reference - row_max, fastmath=True)
-    return row_max, row_sum
+    """(reference, sum) of a row over its parts, whose sums and references are in columns 0 and 1."""
+    sums, maxima = ([sSum[column, row, part] for part in range(sSum.shape[2])] for column in (0, 1))
+    row_max = _maximum_of(maxima)
+    factors = [cute.math.exp2(reference - row_max, fastmath=True) for reference in maxima]
+    return row_max, _sum_of([part * factor for part, factor in zip(sums, factors, strict=True)])
+
+
+def _maximum_of(values: list):
+    """Of two or four, NaN if one is NaN."""
+    return maximum(*values) if len(values) == 2 else maximum(maximum(*values[:3]), values[3])
+
+
+def _sum_of(values: list):
+    while len(values) > 1:
+        values = [a + b for a, b in zip(values[0::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def _tma_partition(atom: cute.CopyAtom, shared: cute.Tensor, coordinates: cute.Tensor):
