@@ -63,6 +63,31 @@ def test_every_way_of_configuring_it_equals_the_oracle(name, page_size, configur
         assert launch.grid == (splitting["ctas"], 1, 1)
 
 
+def run_checked(case: DecodeCase, inputs):
+    with cute_sparse.emulated(ARCH) as device:
+        got = call(case, inputs, return_lse=True, return_stats=True)
+        splitting = splitting_of(case, inputs)
+        counts = device.launches[0].counts
+    check(case, inputs, got, splitting)
+    return got, counts
+
+
+def test_a_splits_first_tile_is_kept_by_rows_that_see_nothing_of_it():
+    """Only the last of nine queries sees the last key, which is alone in its tile; its rows are in the third block."""
+    case = DecodeCase(lengths=(705,), seqlen_q=9, heads_q=16, threshold=0.03, spread=2.0, num_splits=1)
+    got, _ = run_checked(case, make_decode_inputs(case))
+    assert (got.stats.skip_map[0, 0, :, 705 // 64] == 1).all()
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_nothing_behind_the_page_table_is_read(page_size):
+    """The table ends with the last page, which is not the last of its tile."""
+    case = DecodeCase(lengths=(40, 3 * page_size), page_size=page_size, seqlen_q=2)
+    inputs = make_decode_inputs(case)
+    inputs = replace(inputs, page_table=inputs.page_table[:, :3].contiguous())
+    run_checked(case, inputs)
+
+
 def run_counted(case: DecodeCase, **more):
     """(result, the launch), with one CTA, which then has every item's only split."""
     inputs = make_decode_inputs(case)
