@@ -299,11 +299,13 @@ def _saved(provider: str, arch: str, kind: Kind, alone: Piece) -> float:
 
 @dataclass(frozen=True)
 class Launch:
-    """cycles: of the whole launch. row_cycles: of its longest CTAs, for each of their query rows (a token of a head),
-    so that kernels with work tiles of different sizes compare."""
+    """cycles: of the whole launch. row_cycles: of its longest work tiles, for each of their query rows (a token of a
+    head), so that kernels with work tiles of different sizes compare; next_row_cycles: the same of a tile that is not
+    an SM's first, with what its CTA saves, or with the gap between two CTAs."""
 
     cycles: float
     row_cycles: float
+    next_row_cycles: float
     seconds: float
     tflops: float
 
@@ -318,8 +320,9 @@ def launch(provider: str, arch: str, shape: Shape) -> Launch:
     durations = itertools.chain.from_iterable(itertools.repeat(of_kind.cycles(n), copies) for n in keys)
     cycles = _handed_out(durations, chip.sms // of_kind.ctas, of_kind.saved)
     seconds = max(FITTED[arch].seconds(cycles), _bytes(shape) / chip.hbm_bytes_per_s)
-    sm_cycles = of_kind.cycles(keys[0]) * of_kind.clusters * of_kind.ctas / (kind.block * kind.group)
-    return Launch(cycles, sm_cycles, seconds, flops(shape) / seconds * 1e-12)
+    rows = kind.block * kind.group / (of_kind.clusters * of_kind.ctas)
+    first, following = of_kind.cycles(keys[0]), of_kind.cycles(keys[0]) - of_kind.saved
+    return Launch(cycles, first / rows, following / rows, seconds, flops(shape) / seconds * 1e-12)
 
 
 def _handed_out(durations: Iterator[float], slots: int, saved: float) -> float:
@@ -345,19 +348,25 @@ WARNING = "MODELLED, for comparisons on one chip only: nothing below was measure
 def prefill(arch: str, cases: dict[str, Shape], peers: list[str], roles: bool) -> int:
     chip = chips.chip_of(arch)
     print(f"{WARNING} Chip: {chip.name} ({arch}).")
-    header = f"{'':22} {'ours: TFLOP/s':>14} {'CTA clocks':>10}"
+    header = f"{'':22} {'ours: TFLOP/s':>14} {'clocks':>8}"
     for peer in peers:
-        header += f" | {peer + ': TFLOP/s':>14} {'CTA clocks':>10} | {'time: ours/' + peer:>15} {'CTA clocks':>10}"
-    print(f"{header}\nCTA clocks: of the longest CTAs, for each 128 query rows.")
+        header += (
+            f" | {peer + ': TFLOP/s':>14} {'clocks':>8} | {'ours/' + peer + ': time':>15} {'clocks':>7} {'of next':>7}"
+        )
+    print(
+        f"{header}\nclocks: of the longest CTA, for each 128 query rows; of next: of a tile that is not its SM's first"
+    )
     failed = 0
     for name, shape in cases.items():
         try:
             ours = launch(OURS, arch, shape)
-            text = f"{name:22} {ours.tflops:14.0f} {128 * ours.row_cycles:10.0f}"
+            text = f"{name:22} {ours.tflops:14.0f} {128 * ours.row_cycles:8.0f}"
             for peer in peers:
                 theirs = launch(peer, arch, shape)
                 time, clocks = ours.seconds / theirs.seconds, ours.row_cycles / theirs.row_cycles
-                text += f" | {theirs.tflops:14.0f} {128 * theirs.row_cycles:10.0f} | {time:15.3f} {clocks:10.3f}"
+                following = ours.next_row_cycles / theirs.next_row_cycles
+                text += f" | {theirs.tflops:14.0f} {128 * theirs.row_cycles:8.0f}"
+                text += f" | {time:15.3f} {clocks:7.3f} {following:7.3f}"
             print(text, flush=True)
         except (Missing, NotImplementedError, emulator.EmulatorError) as error:
             failed = 1

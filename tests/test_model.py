@@ -160,7 +160,7 @@ def test_a_missing_peer_is_named(monkeypatch, capsys, lines):
     def missing(provider, arch, shape):
         if provider == "fa4":
             raise model.Missing("pip install flash-attn-4: no such module")
-        return model.Launch(1, 1, 1, 1)
+        return model.Launch(1, 1, 1, 1, 1)
 
     monkeypatch.setattr(model, "launch", missing)
     assert model.main(["prefill", "--arch", "sm_90a", "--case", "d128-2k-full"]) == 1
