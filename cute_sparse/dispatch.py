@@ -510,7 +510,7 @@ _environment_devices = contextlib.ExitStack()  # left when the process ends
 def emulated(arch: str, **options) -> Iterator:
     """Within it, CPU tensors run through the kernels of `arch`, in the emulator; yields the emulated device.
 
-    arch     "sm_90a" or "sm_100a"
+    arch     "sm_90a", "sm_100a" or "sm_103a"
     options  of `cute_sparse.emulator.device`: order, seed, sms and so on
     """
     global _emulation

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cute_sparse.emulator.memory import Registry
 
-ARCHES = {"sm_90a": (9, 0), "sm_100a": (10, 0)}  # compute capability
+ARCHES = {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_103a": (10, 3)}  # compute capability
 
 _entered: Device | None = None
 _entering = threading.Lock()

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 DSL_PACKAGE = "nvidia-cutlass-dsl"
 DSL_VERSION = "4.8.1"
-L2_BYTES = {"sm_90a": 50 << 20, "sm_100a": 126 << 20}  # H100/H200 and B200 data sheets
+# H100/H200 and B200 data sheets; a B300 is taken to have a B200's.
+L2_BYTES = {"sm_90a": 50 << 20, "sm_100a": 126 << 20, "sm_103a": 126 << 20}
 
 
 def require_dsl() -> None:

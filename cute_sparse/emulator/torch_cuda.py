@@ -19,14 +19,14 @@ from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from cute_sparse.emulator import memory
+from cute_sparse.emulator import devices, memory
 
 if TYPE_CHECKING:
     from cute_sparse.emulator.devices import Device
     from cute_sparse.emulator.hooks import Patches
 
 CUDA = torch.device("cuda", 0)
-NAMES = {"sm_90a": "Emulated sm_90a", "sm_100a": "Emulated sm_100a"}
+NAMES = {arch: f"Emulated {arch}" for arch in devices.ARCHES}
 MEMORY_BYTES = 80 << 30  # what get_device_properties and mem_get_info say; the host's memory is the true limit
 
 

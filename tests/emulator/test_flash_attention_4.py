@@ -16,7 +16,7 @@ from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # noqa: E40
 TOLERANCE = 4e-3
 
 
-@pytest.fixture(params=list(emulator.ARCHES))
+@pytest.fixture(params=["sm_90a", "sm_100a"])
 def arch(request: pytest.FixtureRequest) -> str:
     yield request.param
     forget_the_gpu()

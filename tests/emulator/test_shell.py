@@ -670,8 +670,16 @@ FLASH_ATTENTION = """
 """
 
 
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"], indirect=True)
 def test_somebody_elses_attention_script_runs(tmp_path, arch):
     pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
     done = run_script(tmp_path, FLASH_ATTENTION, "--arch", arch, "--order", "random", "--seed", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("[emulator]") and "FlashAttention" in line]
+
+
+def test_what_sm_103a_alone_has_is_refused_by_name(tmp_path):
+    """FlashAttention-4 uses it; the emulator runs what sm_103a has in common with sm_100a."""
+    pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+    done = run_script(tmp_path, FLASH_ATTENTION, "--arch", "sm_103a")
+    assert done.returncode != 0 and "tcgen05.ld.red.sync.aligned" in done.stderr

@@ -6,7 +6,7 @@
 
 extern "C" {
 
-// Enters a device; arch "sm_90a" or "sm_100a", order 0 eager, 1 late, 2 random. Returns 0, or -1 with a pending error.
+// Enters a device; arch "sm_90a", "sm_100a" or "sm_103a", order 0 eager, 1 late, 2 random. Returns 0, or -1 with a pending error.
 int emulator_enter(const char* arch, uint32_t sms, int order, uint64_t seed, uint32_t threads, int checks,
                    uint64_t max_warp_instructions);
 void emulator_leave();

@@ -213,7 +213,7 @@ int Session::device_attribute(int attribute) const {  // cudaDeviceAttr
     case 16: return int(device.sms);
     case 39: return 2048;                                    // threads per multiprocessor
     case 75: return device.arch == "sm_90a" ? 9 : 10;        // compute capability
-    case 76: return 0;
+    case 76: return device.arch == "sm_103a" ? 3 : 0;
     case 81: return int(MAX_SHARED_BYTES) + 1024;            // shared memory per multiprocessor
     case 95: return 1;                                       // cooperative launch
     case 97: return int(MAX_SHARED_BYTES);
