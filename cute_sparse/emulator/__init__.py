@@ -37,8 +37,8 @@ def device(
 
     arch: "sm_90a", "sm_100a" or "sm_103a". order: when asynchronous work completes and which warp runs first: "eager",
     "late" (as late as anything allows) or "random" (by `seed`). sms: the number of multiprocessors that persistent
-    kernels see; a small one gives each CTA many tiles. threads: of the host (all of them by default); independent clusters
-    run in parallel. checks: races, uninitialised reads and data in flight are reported; bounds always are.
+    kernels see; a small one gives each CTA many tiles. threads: of the host (all of them by default); independent
+    clusters run in parallel. checks: races, uninitialised reads and data in flight are reported; bounds always are.
     max_warp_instructions: of one launch, no limit by default. torch_cuda: torch's "cuda" device is this one, too.
     Raises UnknownArch, ValueError; on entering also UnsupportedVersion, BuildError, AlreadyEntered.
     """
