@@ -24,7 +24,8 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
     "our prefill, sm_90a, dense": {},
     "our prefill, sm_90a, threshold": {},
     "our prefill, sm_100a, dense": {},
-    "our prefill, sm_100a, threshold": {"bar.warp.sync -1;": (MEET_AGAIN, 3)},
+    "our prefill, sm_100a, pairs of CTAs": {},
+    "our prefill, sm_100a, threshold": {"bar.warp.sync -1;": (MEET_AGAIN, 2)},
     "FlashAttention-4, sm_90a": {},
     "FlashAttention-4, sm_100a": {
         "mbarrier.try_wait.parity.shared.b64 P1, [%], %, 10000000;": (LAST_BEFORE_THE_END, 2)

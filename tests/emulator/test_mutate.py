@@ -155,11 +155,11 @@ LAUNCHES = {
 }
 
 
-def surveyed(arch: str, threshold: float | None) -> mutate.Survey:
-    """Our causal prefill kernel, over its LAUNCHES."""
+def surveyed(arch: str, threshold: float | None, head_dim: int, launches: list[tuple[int, int, int]]) -> mutate.Survey:
+    """Our causal prefill kernel, over several launches."""
     surveys = []
-    for queries, keys, heads in LAUNCHES[threshold]:
-        q, k, v = structured_qkv(1, max(queries, keys), heads, 1, 64)
+    for queries, keys, heads in launches:
+        q, k, v = structured_qkv(1, max(queries, keys), heads, 1, head_dim)
         with cute_sparse.emulated(arch, sms=1) as device:
             device.core.record(True)
             try:
@@ -173,21 +173,25 @@ def surveyed(arch: str, threshold: float | None) -> mutate.Survey:
 
 @pytest.fixture
 def one_cta(monkeypatch: pytest.MonkeyPatch):
-    """Kernels that claim work tiles do so with one CTA, which therefore computes several."""
+    """Kernels that claim work tiles do so with one CTA (or one pair), which therefore computes several."""
     for config in (blackwell_config, hopper_config):
         monkeypatch.setattr(config, "choose", partial(_with_one_cta, config.choose))
 
 
 def _with_one_cta(choose, *arguments, **options):
     chosen = choose(*arguments, **options)
-    return replace(chosen, ctas=min(chosen.ctas, 1))
+    return replace(chosen, ctas=min(chosen.ctas, getattr(chosen, "ctas_per_tile", 1)))
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("threshold", [None, 1e-2], ids=["dense", "threshold"])
 def test_removals_in_our_prefill_are_noticed(arch, threshold, one_cta):
-    result = surveyed(arch, threshold)
+    result = surveyed(arch, threshold, 64, LAUNCHES[threshold])
     assert_noticed(f"our prefill, {arch}, {'dense' if threshold is None else 'threshold'}", result)
+
+
+def test_removals_where_two_ctas_share_their_products_are_noticed(one_cta):
+    assert_noticed("our prefill, sm_100a, pairs of CTAs", surveyed("sm_100a", None, 128, [(640, 512, 2)]))
 
 
 def assert_noticed(kernel: str, result: mutate.Survey) -> None:
