@@ -221,6 +221,17 @@ class Decode:
     Events are rare: a reference that moved by more than 2^8 (O is multiplied with the rows' factors), a tile in which
     some keys are beyond the sequence (its rows of V may hold anything and are set to zero, because 0 * NaN is NaN), and
     the segment's end.
+
+    Cost, by the emulator's timing model for one SM of a B200 (nothing was measured), in clocks per tile of 64 keys;
+    head dim 128, whose K and V take 1130 at 29 bytes a clock, and K alone 565:
+      4 parts  1130 kept, with or without a threshold, and 565 skipped: the bytes. Were memory infinitely fast: 640 (all
+               of them the tensor core's: 384 Q K^T, bound by shared memory, and 256 P V) and 384. A softmax warp is
+               busy for 370 to 440, 128 of them with exponentials, the other roles for less than 250
+      2 parts  1130; were memory infinitely fast, 630
+      1 part   1130 to 1145; 947 to 1002, the softmax's, of which 512 are exponentials
+    Head dim 64 (565 for K and V): 4 parts 565, 2 parts 628, 1 part 947, more than their bytes.
+    Warp instructions per tile with 4 parts: at most 170 of a softmax warp (with a threshold 195), 64 of score_mma, 80
+    of value_mma, 40 of each load warp (56 of load_v with a threshold).
     """
 
     def __init__(self, problem: Problem, config: DecodeConfig) -> None:
