@@ -20,7 +20,7 @@ from cute_sparse.kernels.blackwell.config import (
     WARPS_PER_GROUP,
     round_up,
 )
-from cute_sparse.kernels.blackwell.tmem import COLUMNS, LANES_PER_WARP
+from cute_sparse.kernels.blackwell.tmem import COLUMNS
 
 from cute_sparse.problem import Problem, TileGeometry
 
@@ -28,7 +28,7 @@ TILE_N = 64  # keys per KV tile, whose K and V are in flight for about 1100 cloc
 STRIPS = (64, 32, 16)  # elements that one row of a swizzled shared tile may have: 128, 64 or 32 bytes
 P_STAGES_MAX = 4  # kept tiles by which the scores may be ahead of P V: V's latency, at one tile per 1100 clocks
 ROW_WORDS = 2  # columns beside each P slot: the rows' factor, or at the end their sum and their maximum
-SUM_COLUMNS = 16  # columns of O that the warps of a narrow launch add up at a time
+SUM_COLUMNS = 16  # columns of O that are added up at a time where the keys of a tile are divided
 MIN_KEYS = 256  # of a CTA's part of the line of all tiles: a guess at what outweighs combining its result
 RESERVED_SHARED_BYTES = 3072  # barriers, messages, maxima, and the alignment of the tiles
 
@@ -188,11 +188,6 @@ class DecodeConfig:
     def tile_rows(self) -> int:
         """Packed query rows of one item."""
         return TILE_M
-
-    @property
-    def narrow_rows(self) -> int:
-        """With at most as many rows, each of the four softmax warps takes a quarter of a tile's keys."""
-        return LANES_PER_WARP
 
     @property
     def geometry(self) -> TileGeometry:
