@@ -121,14 +121,14 @@ def test_neither_spills_nor_local_memory(arch, tmp_path):
 
 
 def test_a_dense_kernel_contains_no_vote():
-    dense, sparse = compiled_ptx([problem(64, sparsity=sparsity) for sparsity in SPARSITIES], "sm_100a")
+    dense, sparse = compiled_ptx([problem(96, sparsity=sparsity) for sparsity in SPARSITIES], "sm_100a")
     assert "red.or.pred" in sparse and "red.or.pred" not in dense
     # Nor the barriers that tell of it.
     assert sparse.count("mbarrier.init") - dense.count("mbarrier.init") == 2 * DECISIONS
 
 
 ONE_CTA = {name: CASES[name] for name in ("packed", "head dim 64", "head dim 96", "skip", "skip, head dim 64")} | {
-    "skip, packed, full": Case(lengths_q=(300, 0, 65), lengths_k=(600, 40, 0), packed=True, threshold=0.05),
+    "skip, several sequences": Case(lengths_q=(300,) * 2, lengths_k=(600,) * 2, threshold=0.05),
     "skip, one query tile": Case(
         lengths_q=(300,), lengths_k=(700,), head_dim=256, head_dim_v=256, threshold=0.05, mixed=True
     ),
@@ -155,6 +155,7 @@ PAIRED = {
     "rows": Case(lengths_q=(600,), lengths_k=(300,), heads_q=3, heads_kv=3),
     "rows, causal": Case(lengths_q=(700,), lengths_k=(600,), heads_q=3, heads_kv=1, causal=True),
     "rows, the second CTA has none": Case(lengths_q=(100,), lengths_k=(300,), heads_q=1, causal=True),
+    "head dim 64": Case(lengths_q=(300,), lengths_k=(500,), head_dim=64, head_dim_v=64),
     "head dim 256": Case(lengths_q=(300,), lengths_k=(500,), head_dim=256, head_dim_v=256),
     "head dim 256, rows, causal": Case(
         lengths_q=(600,), lengths_k=(600,), heads_q=1, head_dim=256, head_dim_v=256, causal=True
@@ -191,7 +192,7 @@ def test_what_a_config_cannot_do_for_a_problem_is_refused_by_name():
         Prefill(sparse, dataclasses.replace(blackwell_config.choose(sparse), ctas=2))
 
 
-@pytest.mark.parametrize("share", [0, 2, 3, 4])
+@pytest.mark.parametrize("share", [0, 2, 3, 4, 6])
 def test_every_share_of_emulated_exponentials(share, configured):
     configured(exp2_emulated=share)
     case = CASES["causal"]

@@ -156,39 +156,57 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[PrefillConfig]:
     if problem.kind != "prefill":
         raise NotImplementedError(f"Blackwell has no {problem.kind} kernel; it has prefill")
     # sm_103's exponential unit is twice as fast and needs no help.
-    shares = (0,) if arch.startswith("sm_103") else (0, 2, 3, 4)
-    make = _two_query_tiles if problem.head_dim_v <= 128 else _one_query_tile
-    configs = [make(problem, share, pair) for share in shares for pair in _pairs(problem)]
+    shares = (0,) if arch.startswith("sm_103") else (0, _emulated_share(problem))
+    if problem.head_dim_v > 128:
+        configs = [_one_query_tile(problem, share, pair) for share in shares for pair in _pairs(problem)]
+    else:
+        configs = [
+            _two_query_tiles(problem, tile_n, share, pair)
+            for tile_n in (128, 96)
+            for share in shares
+            for pair in _pairs(problem)
+        ]
     return [config for config in configs if config is not None]
 
 
 # What ptxas 13.0 compiles without spilling in a loop over KV tiles. With a mask, the state of the vote and of the next
-# work tile do not fit beside a row of scores (C7600 at 208 registers, or up to 84 bytes spilled), nor with a softcap on
-# packed sequences (28 bytes): such a kernel leaves the order of its work tiles to the hardware's block scheduler.
-_TWO_TILES_DENSE = dict(registers_softmax=192, registers_correction=64, registers_other=64)
+# work tile do not fit beside a row of scores (C7600 at 208 registers, or up to 84 bytes spilled), nor for packed
+# sequences (up to 52 bytes): such a kernel leaves the order of its work tiles to the hardware's block scheduler.
+_TWO_TILES_DENSE = dict(registers_softmax=200, registers_correction=56, registers_other=56)
 _TWO_TILES_SPARSE = dict(registers_softmax=208, registers_correction=48, registers_other=48)
-_ONE_TILE = dict(registers_softmax=240, registers_correction=112, registers_other=128)
+_ONE_TILE = dict(registers_softmax=248, registers_correction=112, registers_other=128)
 
 
 def may_stay(problem: Problem) -> bool:
     """Whether CTAs may take work tile after work tile."""
     if problem.sparsity is None:
         return True
-    return problem.mask == "full" and not (problem.varlen and problem.softcap)
+    return problem.mask == "full" and not problem.varlen
 
 
 def _pairs(problem: Problem) -> tuple[bool, ...]:
     """Whether two CTAs may share their products (`Prefill` says why not a sparse problem's, nor a packed batch's).
 
-    Below 128 columns the exponentials take longer than the products, and a pair would gain nothing.
+    Below 128 columns of O the exponentials take longer than the products. In the timing model a pair then gains 2 %
+    at 64 columns with a full mask, and loses as much with a causal one. (Half of 80, 96 or 112 columns would need
+    padding or narrow swizzles.)
     """
-    wide = min(problem.head_dim, problem.head_dim_v) > 112
-    return (False, True) if wide and problem.mask != "band" and not (problem.sparsity or problem.varlen) else (False,)
+    columns = round_up(problem.head_dim_v, 16)
+    pays = columns >= 128 or (columns == 64 and problem.mask == "full")
+    return (False, True) if pays and problem.mask != "band" and not (problem.sparsity or problem.varlen) else (False,)
 
 
-def _two_query_tiles(problem: Problem, exp2_emulated: int, pair: bool) -> PrefillConfig | None:
-    head_dim, head_dim_v = round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 32 if pair else 16)
-    tile_n, ctas = 128, 2 if pair else 1
+def _emulated_share(problem: Problem) -> int:
+    """Pairs of 16, by the timing model: clocks for 128 keys of two query tiles at d128, full: 2240 with 4, 2107 with 6,
+    2122 with 8; at d96, causal: 2322 and 2269 with 4 and 6. At d64 the instructions themselves cost more than they
+    free: 2093 and 2159. With one query tile the products take longest whatever the share, and 6 would spill."""
+    two_query_tiles = problem.head_dim_v <= 128
+    return 6 if two_query_tiles and problem.head_dim + problem.head_dim_v > 160 else 4
+
+
+def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bool) -> PrefillConfig | None:
+    head_dim, head_dim_v = round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 16)
+    ctas = 2 if pair else 1
     k_bytes, v_bytes = tile_n * head_dim * ELEMENT_BYTES // ctas, tile_n * head_dim_v * ELEMENT_BYTES // ctas
     left = SM_SHARED_BYTES - RESERVED_SHARED_BYTES - 2 * TILE_M * head_dim * ELEMENT_BYTES
     stages = _ring_stages(left, k_bytes, v_bytes)
@@ -203,7 +221,7 @@ def _two_query_tiles(problem: Problem, exp2_emulated: int, pair: bool) -> Prefil
         v_chunks=1,
         k_stages=stages[0],
         v_stages=stages[1],
-        p_early_columns=96,
+        p_early_columns=tile_n - 32,
         exp2_emulated=exp2_emulated,
         cta_pair=pair,
         ctas=SMS if may_stay(problem) else 0,
@@ -232,7 +250,8 @@ def _one_query_tile(problem: Problem, exp2_emulated: int, pair: bool) -> Prefill
         v_stages=stages[1],
         p_early_columns=96,
         exp2_emulated=exp2_emulated,
-        ctas=SMS if may_stay(problem) else 0,
+        # A pair that stays spills 4 bytes, outside its loops, under a causal mask.
+        ctas=0 if pair and problem.mask == "causal" or not may_stay(problem) else SMS,
         cta_pair=pair,
         **_ONE_TILE,
     )
@@ -253,8 +272,15 @@ def _ring_stages(left_bytes: int, k_bytes: int, v_bytes: int, at_least: int = 1)
     return k_stages, v_stages
 
 
+# Clocks that the timing model (profiling/model.py) finds on top of the units' work, of one query tile and KV tile: the
+# way from S to P and back, and what a single slot of V keeps the products waiting (192/128, alone, sparse: 3422 clocks
+# for 128 keys of two query tiles; with KV tiles of 96 keys, of which two fit, 2904; the products alone take 2560).
+HANDOVER_CLOCKS = 150
+REFILL_CLOCKS = 430
+
+
 def cost(problem: Problem, config: PrefillConfig) -> float:
-    """Modelled clocks per KV tile of one query tile: the slowest unit, and a part of what it does not hide.
+    """Modelled clocks for 128 keys of one query tile: the slowest unit, and a part of what it does not hide.
 
     Rates per SM and clock: 8192 FLOP of 16-bit MMA, 16 exponentials and 128 bytes of shared memory; an emulated
     exponential takes about 6 of the 128 issue slots a clock has for fp32 lanes (twelve instructions for a pair).
@@ -268,7 +294,9 @@ def cost(problem: Problem, config: PrefillConfig) -> float:
     # Each product reads its operands once a tile, but for P; TMA writes K and V once for all query tiles of the CTA.
     kv_bytes = config.tile_n * (config.head_dim + config.head_dim_v) * ELEMENT_BYTES / config.ctas_per_tile
     shared = (TILE_M * config.head_dim * ELEMENT_BYTES + kv_bytes + kv_bytes / config.query_tiles) / 128
-    return max(matrix, exponential, lanes, shared) + 0.25 * (exponential + lanes + shared)
+    waiting = HANDOVER_CLOCKS + (REFILL_CLOCKS if config.v_stages == config.v_chunks else 0)
+    clocks = max(matrix, exponential, lanes, shared) + 0.25 * (exponential + lanes + shared) + waiting
+    return clocks * 128 / config.tile_n
 
 
 def choose(problem: Problem, arch: str = "sm_100a") -> PrefillConfig:
@@ -284,5 +312,5 @@ def choose(problem: Problem, arch: str = "sm_100a") -> PrefillConfig:
     if os.environ.get("CUTE_SPARSE_EXPLAIN"):
         for config, clocks in zip(configs, costs, strict=True):
             mark = "chosen" if config is configs[best] else "      "
-            print(f"{mark} {clocks:7.0f} clocks a tile  {config}", file=sys.stderr)
+            print(f"{mark} {clocks:7.0f} clocks  {config}", file=sys.stderr)
     return configs[best]

@@ -251,6 +251,9 @@ class Prefill:
       The CTAs of a pair compute the same rows of two query heads, which see the same keys; or, where heads_q / heads_kv
     is odd, neighbouring rows of one, of which under a causal mask the upper see one KV tile less: they answer it with
     P = 0 (`_blank_tile`).
+      Tried in the timing model (clocks for 128 keys of two query tiles, d128, full mask). In pairs: 2240 with 4 of 16
+    exponentials emulated, 2107 with 6; P released after 64 columns instead of 96 changes nothing (2242). Sparse,
+    everything kept: 2354 -> 2243 with 6, -> 2188 with the decision published beside the exponentials, not before.
       A sparse problem's CTAs stay alone: a product of 256 rows takes place unless both query tiles skip it, so that
     pairs would multiply more, a CTA that skips would still have to write P = 0 wherever the other keeps, and the
     halves of V would be fetched on the word of four query tiles in two CTAs. So do those of packed batches,
@@ -290,9 +293,8 @@ class Prefill:
         problem, config = self.problem, self.config
         if config.ctas > 0 and not may_stay(problem):
             raise NotImplementedError(
-                f"{config.ctas=} with {problem.sparsity=}, {problem.mask=}, {problem.varlen=}, {problem.softcap=}: "
-                "registers suffice for one work tile per CTA, ctas=0; for more with a full mask, and not both varlen "
-                "and softcap"
+                f"{config.ctas=} with {problem.sparsity=}, {problem.mask=}, {problem.varlen=}: registers suffice for "
+                "one work tile per CTA, ctas=0; for more with a full mask, not packed"
             )
         if config.cta_pair and (self.sparse or problem.varlen or problem.mask == "band"):
             raise NotImplementedError(
@@ -874,7 +876,6 @@ class Prefill:
         """P, O's rescaling if need be, and the row sum, of a kept tile; tile_max is None for a row's first."""
         config, pipes, state = self.config, step.pipes, step.state
         first = tile_max is None
-        self._publish(step, n_block, count, KEPT)
         if const_expr(not first):
             self._rescale(step, tile_max)
         p_address = address + (config.tmem.probabilities[0] - config.tmem.scores[0])
@@ -889,6 +890,7 @@ class Prefill:
             # The sums run beside the exponential unit, which takes eight clocks for a warp's instruction.
             sums = accumulated(sums, p)
             if const_expr(first_column + FRAGMENT == config.p_early_columns):
+                self._publish(step, n_block, count, KEPT)  # beside the exponentials, which it would hold up before
                 tmem.wait_stores()
                 tmem.fence_before_sync()
                 self._tell_leader(pipes.p_ready + buffer)
