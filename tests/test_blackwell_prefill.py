@@ -302,3 +302,16 @@ def launch_with_tensors(compiled, x: torch.Tensor, y: torch.Tensor, device) -> N
     operands = [Operand("x", "pointer"), Operand("y", "pointer"), Operand("count", "int32")]
     Launcher(compiled, operands)((x.data_ptr(), y.data_ptr(), x.numel()), 0)
     device.raise_pending()
+
+
+def test_a_row_without_a_key_in_a_tile_survives_a_neighbour_whose_reference_moves():
+    """At a window's left edge: row 352 sees keys up to 253 of the tile before 256, the rows from 356 on see none."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 512, 1, 64, generator=generator) for _ in range(3))
+    k *= 0.01
+    k[0, 128:256] = 0
+    k[0, 253] = 4 * q[0, 352]
+    q, k, v = (tensor.bfloat16() for tensor in (q, k, v))
+    with cute_sparse.emulated("sm_100a"):
+        got = cute_sparse.attention(q, k, v, window_size=(100, 0))
+    assert got.isfinite().all()

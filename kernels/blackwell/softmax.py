@@ -73,7 +73,9 @@ class RowSoftmax:
             self._remember(maximum(self.row_max[0], tile_max))
         moved = cute.arch.vote_any_sync(~(tile_max <= self.limit[0]))
         if moved:
-            new_ref = maximum(_nan_if_infinite(tile_max) * self.scale_log2, -self.minus_ref[0])
+            # A row that sees no key of the tile, beside one whose reference moves, stays where it is.
+            tile_ref = _nan_if_infinite(maximum(tile_max, FLOOR)) * self.scale_log2
+            new_ref = maximum(tile_ref, -self.minus_ref[0])
             factor[0] = cute.math.exp2(-self.minus_ref[0] - new_ref, fastmath=True)
             self.row_sum[0] = self.row_sum[0] * factor[0]
             self._refer_to(new_ref)
