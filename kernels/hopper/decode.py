@@ -43,6 +43,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_sparse.device.bundles import TMA_ALIGN_BYTES, Cache, Scale, decode_operands, log2_threshold
 from cute_sparse.device.combine import PackedRows, Results, neighbours, normaliser
+from cute_sparse.device.events import span
 from cute_sparse.device.mask import Band, KeyRange
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
 from cute_sparse.device.softmax import OnlineSoftmax
@@ -393,9 +394,10 @@ class HopperDecode:
             blocks = self._blocks(operands.k.cache, segment, keys, last)
             for i in cutlass.range(self._tiles(segment), unroll=1):
                 following = self._blocks(operands.k.cache, segment, keys, last - i - 1)
-                shared.k_ring.acquire(k)
-                shared.k_ring.expect(k, self.k_bytes)
-                self._load_tile(operands.k, target, shared.k_ring, k, segment, last - i, blocks)
+                with span("load K"):
+                    shared.k_ring.acquire(k)
+                    shared.k_ring.expect(k, self.k_bytes)
+                    self._load_tile(operands.k, target, shared.k_ring, k, segment, last - i, blocks)
                 k = shared.k_ring.advanced(k)
                 blocks = following
             walk = plan.next(walk)
@@ -415,12 +417,14 @@ class HopperDecode:
                 following = self._blocks(operands.v.cache, segment, keys, last - i - 1)
                 wanted = Boolean(True)
                 if const_expr(self.sparse):
-                    wanted = self._is_kept(shared, decision)
+                    with span("await decision"):
+                        wanted = self._is_kept(shared, decision)
                     decision = shared.decision_ring.advanced(decision)
                 if wanted:
-                    shared.v_ring.acquire(v)
-                    shared.v_ring.expect(v, self.v_bytes)
-                    self._load_tile(operands.v, target, shared.v_ring, v, segment, last - i, blocks)
+                    with span("load V"):
+                        shared.v_ring.acquire(v)
+                        shared.v_ring.expect(v, self.v_bytes)
+                        self._load_tile(operands.v, target, shared.v_ring, v, segment, last - i, blocks)
                     v = shared.v_ring.advanced(v)
                 blocks = following
             walk = plan.next(walk)
@@ -590,10 +594,12 @@ class HopperDecode:
             shared.k_ring.wait(k)
             following = self._accumulator(qk)
             wgmma.issue(qk, following, tSrQ, tSrK[None, None, None, k.index], False)
-            keeps, p = self._tile(scorer, scores, last - i, i == 0, decided, p)
+            with span("softmax"):
+                keeps, p = self._tile(scorer, scores, last - i, i == 0, decided, p)
             kept += Int32(keeps)
-            self._read_published(scorer)
-            warpgroup.wait_group(0)
+            with span("await S"):
+                self._read_published(scorer)
+                warpgroup.wait_group(0)
             # A copy, because a loop cannot carry registers that an MMA is still writing.
             scores.store(following.load())
         shared.k_ring.release(k)
@@ -783,10 +789,12 @@ class HopperDecode:
                 values.acc_O.fill(0.0)
                 tile = self._message(shared, thread, p)
                 while tile != END:
-                    v = self._accumulate(shared, values, thread, keys, tile, p, v)
+                    with span("P V"):
+                        v = self._accumulate(shared, values, thread, keys, tile, p, v)
                     p = shared.p_ring.advanced(p)
                     tile = self._message(shared, thread, p)
-                self._finish(operands, shared, values.acc_O, thread, segment, p)
+                with span("store"):
+                    self._finish(operands, shared, values.acc_O, thread, segment, p)
                 p = shared.p_ring.advanced(p)
             walk = plan.next(walk)
 

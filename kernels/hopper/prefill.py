@@ -45,6 +45,7 @@ from cute_sparse.device.bundles import (
     log2_threshold,
     prefill_operands,
 )
+from cute_sparse.device.events import span
 from cute_sparse.device.mask import Band
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
 from cute_sparse.device.schedule import SLOT_WORDS, DynamicTiles, OneTile, TileOrder, WorkTile, heads_in_cache
@@ -412,18 +413,20 @@ class HopperPrefill:
         tiles, skipped_in_a_row = work.end - work.begin, Int32(0)
         for i in cutlass.range(tiles + self.k_lead, unroll=1):
             if i < tiles:
-                k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, work.end - 1 - i)
+                with span("load K"):
+                    k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, work.end - 1 - i)
             if i >= self.k_lead:
                 nth = i - self.k_lead
-                shared.v_ring.acquire(v)
-                wanted = Boolean(True)
-                if const_expr(self.config.hold_v_after > 0):
-                    wanted, skipped_in_a_row = self._v_is_wanted(shared, nth, vote, skipped_in_a_row)
-                    vote = shared.vote_ring.advanced(vote)
-                if wanted:
-                    _load(shared.v_ring, v, self.v_bytes, operands.v.atom, tVgV, tVsV, work.end - 1 - nth)
-                else:
-                    shared.v_ring.expect(v, 0)
+                with span("load V"):
+                    shared.v_ring.acquire(v)
+                    wanted = Boolean(True)
+                    if const_expr(self.config.hold_v_after > 0):
+                        wanted, skipped_in_a_row = self._v_is_wanted(shared, nth, vote, skipped_in_a_row)
+                        vote = shared.vote_ring.advanced(vote)
+                    if wanted:
+                        _load(shared.v_ring, v, self.v_bytes, operands.v.atom, tVgV, tVsV, work.end - 1 - nth)
+                    else:
+                        shared.v_ring.expect(v, 0)
                 v = shared.v_ring.advanced(v)
         return k, v, vote
 
@@ -478,7 +481,8 @@ class HopperPrefill:
                 else:
                     softmax.clear()
                     self._finish_q(consumer, q)
-                self.store(consumer, q)
+                with span("store"):
+                    self.store(consumer, q)
                 if const_expr(operands.stats is not None):
                     self._count(consumer, kept)
                 q = shared.q_ring.advanced(q)
@@ -551,36 +555,38 @@ class HopperPrefill:
         """One further tile; P V of the last kept tile runs beside this one's Q K^T. Returns whether it is kept."""
         _, shared, thread, fragments, _, softmax = consumer
         acc_S = self._accumulator(fragments)
-        shared.k_ring.wait(k)
-        self._await_turn(thread)
-        wgmma.issue(fragments.qk, acc_S, fragments.tSrQ, fragments.tSrK[None, None, None, k.index], False)
-        if p_pending:
-            shared.v_ring.wait(v)
-            tOrV = fragments.tOrV[None, None, None, v.index]
-            wgmma.issue(fragments.pv, fragments.acc_O, fragments.tOrP, tOrV, True)
-            self._pass_turn(thread)
-            warpgroup.wait_group(1)
-        else:
-            self._pass_turn(thread)
-            warpgroup.wait_group(0)
+        with span("products"):
+            shared.k_ring.wait(k)
+            self._await_turn(thread)
+            wgmma.issue(fragments.qk, acc_S, fragments.tSrQ, fragments.tSrK[None, None, None, k.index], False)
+            if p_pending:
+                shared.v_ring.wait(v)
+                tOrV = fragments.tOrV[None, None, None, v.index]
+                wgmma.issue(fragments.pv, fragments.acc_O, fragments.tOrP, tOrV, True)
+                self._pass_turn(thread)
+                warpgroup.wait_group(1)
+            else:
+                self._pass_turn(thread)
+                warpgroup.wait_group(0)
         shared.k_ring.release(k)
-        self._score(consumer, acc_S, n_block, may_hide=self.problem.mask != "full")
-        scores = wgmma.by_rows(acc_S)
-        thread_max = softmax.thread_max(scores)
-        keeps = Boolean(True)
-        if const_expr(self.sparse):
-            wants = softmax.wants(thread_max, self._sees_key(consumer, n_block))
-            keeps = wgmma.any_of_warpgroup(wants, NamedBarrier.VOTE + thread.warpgroup)
-        self._cast_vote(consumer, k, keeps)
-        self._record(consumer, n_block, keeps)
-        if keeps:
-            moved, factors = softmax.advance(scores, thread_max, threshold_raw)
-            warpgroup.wait_group(0)
-            wgmma.round_to(self.dtype, acc_S, fragments.tOrP)
-            if moved:
-                self._rescale(fragments.acc_O, factors)
-        else:
-            warpgroup.wait_group(0)
+        with span("softmax"):
+            self._score(consumer, acc_S, n_block, may_hide=self.problem.mask != "full")
+            scores = wgmma.by_rows(acc_S)
+            thread_max = softmax.thread_max(scores)
+            keeps = Boolean(True)
+            if const_expr(self.sparse):
+                wants = softmax.wants(thread_max, self._sees_key(consumer, n_block))
+                keeps = wgmma.any_of_warpgroup(wants, NamedBarrier.VOTE + thread.warpgroup)
+            self._cast_vote(consumer, k, keeps)
+            self._record(consumer, n_block, keeps)
+            if keeps:
+                moved, factors = softmax.advance(scores, thread_max, threshold_raw)
+                warpgroup.wait_group(0)
+                wgmma.round_to(self.dtype, acc_S, fragments.tOrP)
+                if moved:
+                    self._rescale(fragments.acc_O, factors)
+            else:
+                warpgroup.wait_group(0)
         if not p_pending:
             shared.v_ring.wait(v)
         shared.v_ring.release(v)
