@@ -9,7 +9,7 @@ Steps, each a process of its own with a time limit, its output in DIR/log.txt; o
   5. the benchmark's cases of most worth beside the peers, one a step, first of prefill, then of decode
   6. sparsity: decode, and prefill at 64K
   7. the rest of the benchmark's tables
-  8. Nsight Compute on one dense and one skipping case
+  8. Nsight Compute on one dense and one skipping case, and in-kernel event tracing of one
 A call takes at most --budget seconds (9 minutes), and the next one goes on: DIR/state.json says which steps have ended
 with these sources. A step that has not ended in its limit, or that the budget cut off, is tried again; one that failed
 is not, unless named with --again. Steps of which the rest of the budget holds less than half the limit wait for the
@@ -93,6 +93,7 @@ def steps(python: str = sys.executable) -> list[Step]:
     found += [bench_step(python, "decode", case) for case in decode.TABLES if case not in DECODE_CASES_BY_WORTH]
     found.append(profile(python, "d128-8k-causal", "dense"))
     found.append(profile(python, "d128-8k-causal", "sparsity", "--sparsity", "0.75"))
+    found.append(trace(python, "small-d128"))
     return found
 
 
@@ -120,6 +121,13 @@ def profile(python: str, case: str, name: str, *more: str) -> Step:
     script = f'profiling/ncu.sh {case} "$1" {shlex.join(more)} && cp "$1/ncu-{case}.txt" "$2/ncu-{name}.txt"'
     command = ("sh", "-c", script, "sh", "{scratch}", "{out}")
     return Step(f"ncu-{name}", command, 180.0, "ncu", (("PYTHON", python),))
+
+
+def trace(python: str, case: str) -> Step:
+    """In-kernel event tracing; its Perfetto trace comes to the results."""
+    script = f'profiling/iket.sh {case} "$1" && cp "$(find "$1" -name "*.pftrace" | head -n 1)" "$2/iket.pftrace"'
+    command = ("sh", "-c", script, "sh", "{scratch}", "{out}")
+    return Step(f"iket-{case}", command, 180.0, environment=(("PYTHON", python),))
 
 
 # ---- The state -----------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_the_steps_are_ordered_by_worth_and_cover_every_table():
     assert {f"bench-{case}" for case in (*bench.TABLES, *decode.TABLES)} <= set(names)
     assert {f"memcheck-{case}" for case in (*bench.SMALL, *decode.SMALL)} <= set(names)
     kinds = [name.split("-")[0] for name in names]
-    assert sorted(set(kinds), key=kinds.index) == ["tests", "memcheck", "host", "bench", "ncu"]
+    assert sorted(set(kinds), key=kinds.index) == ["tests", "memcheck", "host", "bench", "ncu", "iket"]
     worth = (*gpu_check.BENCH_CASES_BY_WORTH, *gpu_check.DECODE_CASES_BY_WORTH)
     sparse = [names.index(f"bench-{case}-sparsity") for case in (*decode.LONG, *bench.LONG)]
     assert max(names.index(f"bench-{case}") for case in worth) < min(sparse)
@@ -197,7 +197,7 @@ def test_the_benchmarks_steps_are_requests_that_the_benchmark_takes():
 
 
 def test_the_results_are_at_most_eight_files():
-    written = {gpu_check.STATE, gpu_check.LOG, "host.jsonl", "prefill.jsonl", "decode.jsonl"}
+    written = {gpu_check.STATE, gpu_check.LOG, "host.jsonl", "prefill.jsonl", "decode.jsonl", "iket.pftrace"}
     written |= {f"{step.name}.txt" for step in gpu_check.steps() if step.name.startswith("ncu")}
     assert len(written) <= gpu_check.FILES_MAX
 

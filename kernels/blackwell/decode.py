@@ -42,6 +42,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_sparse.device.bundles import Cache, DecodeOperands, decode_operands, log2_threshold
 from cute_sparse.device.combine import PackedRows, Results, normaliser
+from cute_sparse.device.events import span
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
 from cute_sparse.device.softmax import FLOOR
 from cute_sparse.device.split import WALK_WORDS, Segment, SplitPlan
@@ -424,9 +425,10 @@ class Decode:
                 for position in cutlass.range(segment.begin, segment.end, unroll=1):
                     n_block = segment.tile - position
                     window = self._page_window(op.k, segment, keys, n_block, window)
-                    pipes.k.acquire(cursor)
-                    pipes.k.expect(cursor, self.config.k_slot_bytes)
-                    self._load_tile(op.k_atom, op.k, tiles.sK_strips, pipes.k, cursor, segment, n_block, window)
+                    with span("load K"):
+                        pipes.k.acquire(cursor)
+                        pipes.k.expect(cursor, self.config.k_slot_bytes)
+                        self._load_tile(op.k_atom, op.k, tiles.sK_strips, pipes.k, cursor, segment, n_block, window)
                     cursor = pipes.k.advanced(cursor)
             walk = op.plan.next(walk)
 
@@ -455,15 +457,17 @@ class Decode:
 
     @cute.jit
     def _load_v(self, op: Operands, pipes: Pipes, tiles: Tiles, segment, n_block: Int32, window, cursor: Cursor):
-        pipes.v.acquire(cursor)
-        pipes.v.expect(cursor, self.config.v_slot_bytes)
-        self._load_tile(op.v_atom, op.v, tiles.sV_strips, pipes.v, cursor, segment, n_block, window)
+        with span("load V"):
+            pipes.v.acquire(cursor)
+            pipes.v.expect(cursor, self.config.v_slot_bytes)
+            self._load_tile(op.v_atom, op.v, tiles.sV_strips, pipes.v, cursor, segment, n_block, window)
         return pipes.v.advanced(cursor)
 
     @cute.jit
     def _wanted(self, pipes: Pipes, tiles: Tiles, cursor: Cursor) -> Int32:
         """The next kept tile, or END or END_EMPTY."""
-        cute.arch.mbarrier_wait(pipes.wanted + cursor.index, cursor.phase)
+        with span("await decision"):
+            cute.arch.mbarrier_wait(pipes.wanted + cursor.index, cursor.phase)
         n_block = tiles.sTile[cursor.index]
         cute.arch.sync_warp()
         pipes.p.release(cursor)
@@ -517,21 +521,22 @@ class Decode:
             if steps > 0:
                 pipes.q.wait(q_cursor)
             for i in cutlass.range(steps, unroll=1):
-                pipes.s.acquire(s_cursor)
-                pipes.k.wait(k_cursor)
-                tmem.fence_after_sync()
-                with cute.arch.elect_one():
-                    scores = base + plan.scores + s_cursor.index * plan.scores_stride
-                    k_first = k.first + Int64(k_cursor.index * k.slot_stride)
-                    q_first = umma.opaque(q.first)
-                    for step in cutlass.range_constexpr(self.steps_k):
-                        q_step, k_step = q_first + q.steps[step], k_first + k.steps[step]
-                        umma.issue_from_shared(scores, q_step, k_step, self.s_instruction, step > 0)
-                    umma.commit(pipes.s.full(s_cursor))
-                    umma.commit(pipes.k.empty(k_cursor))
-                if i == steps - 1:
+                with span("Q K^T"):
+                    pipes.s.acquire(s_cursor)
+                    pipes.k.wait(k_cursor)
+                    tmem.fence_after_sync()
                     with cute.arch.elect_one():
-                        umma.commit(pipes.q.empty(q_cursor))
+                        scores = base + plan.scores + s_cursor.index * plan.scores_stride
+                        k_first = k.first + Int64(k_cursor.index * k.slot_stride)
+                        q_first = umma.opaque(q.first)
+                        for step in cutlass.range_constexpr(self.steps_k):
+                            q_step, k_step = q_first + q.steps[step], k_first + k.steps[step]
+                            umma.issue_from_shared(scores, q_step, k_step, self.s_instruction, step > 0)
+                        umma.commit(pipes.s.full(s_cursor))
+                        umma.commit(pipes.k.empty(k_cursor))
+                    if i == steps - 1:
+                        with cute.arch.elect_one():
+                            umma.commit(pipes.q.empty(q_cursor))
                 s_cursor, k_cursor = pipes.s.advanced(s_cursor), pipes.k.advanced(k_cursor)
             if steps > 0:
                 q_cursor = pipes.q.advanced(q_cursor)
@@ -554,7 +559,8 @@ class Decode:
                 started = Boolean(False)
                 n_block, moved = self._message(pipes, tiles, p_cursor)
                 while n_block >= 0:
-                    pipes.v.wait(v_cursor)
+                    with span("await V"):
+                        pipes.v.wait(v_cursor)
                     first_key, end_key = keys.begin - n_block * config.tile_n, keys.end - n_block * config.tile_n
                     flags = cutlass.select_(moved & started, Int32(RESCALE), Int32(0))
                     flags = flags | cutlass.select_((first_key > 0) | (end_key < config.tile_n), Int32(HIDE), Int32(0))
@@ -647,7 +653,8 @@ class Decode:
                     n_block = segment.tile - segment.begin - i
                     masked = (n_block < whole.begin) | (n_block >= whole.end)
                     # -- the scores
-                    pipes.s.wait(s_cursor)
+                    with span("await S"):
+                        pipes.s.wait(s_cursor)
                     tmem.fence_after_sync()
                     scores = cute.make_rmem_tensor(columns, Float32)
                     tile_max = cute.make_rmem_tensor(1, Float32)
@@ -665,18 +672,19 @@ class Decode:
                         parity = parity ^ 1
                     if const_expr(self.problem.return_stats):
                         self._map(op, segment, n_block, wanted)
-                    # -- P
-                    if wanted:
-                        pipes.p.acquire(p_cursor)
-                        tmem.fence_after_sync()
-                        self._announce(pipes, tiles, p_cursor, n_block)
-                        moved = Boolean(False)
-                        if active:
-                            moved = self._probabilities(plan, p_cursor, place, state, scores, tile_max)
-                        self._deliver(pipes, tiles, p_cursor, warp, moved)
-                        p_cursor = pipes.p.advanced(p_cursor)
-                        kept += 1
-                        self._publish(op, segment, place, state, tile_max)
+                    with span("P"):
+                        # -- P
+                        if wanted:
+                            pipes.p.acquire(p_cursor)
+                            tmem.fence_after_sync()
+                            self._announce(pipes, tiles, p_cursor, n_block)
+                            moved = Boolean(False)
+                            if active:
+                                moved = self._probabilities(plan, p_cursor, place, state, scores, tile_max)
+                            self._deliver(pipes, tiles, p_cursor, warp, moved)
+                            p_cursor = pipes.p.advanced(p_cursor)
+                            kept += 1
+                            self._publish(op, segment, place, state, tile_max)
                     published = self._published(op, segment, place)
                 # -- the end
                 pipes.p.acquire(p_cursor)
@@ -842,7 +850,8 @@ class Decode:
                 kept = tiles.sTile[event.p_slot] == END
                 row_words = lane + plan.row_words + event.p_slot * ROW_WORDS
                 row_sum, row_max = tmem.load_row(row_words, ROW_WORDS, ROW_WORDS)
-                self._finish(op, pipes, tiles, segment, lane, thread, kept, row_max, row_sum)
+                with span("store"):
+                    self._finish(op, pipes, tiles, segment, lane, thread, kept, row_max, row_sum)
                 parity = parity ^ 1
             walk = op.plan.next(walk)
 

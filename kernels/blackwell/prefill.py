@@ -39,6 +39,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.memory import SmemAllocator
 
 from cute_sparse.device.bundles import TMA_ALIGN_BYTES, PrefillOperands, TokenTensor, log2_threshold, prefill_operands
+from cute_sparse.device.events import span
 from cute_sparse.device.mask import Band, TileRange
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
 from cute_sparse.device.schedule import (
@@ -444,16 +445,17 @@ class Prefill:
                 n_block = work.union.end - 1 - i
                 if i + 1 < steps:
                     k_cursor = self._load_k(op, pipes, tKsK, tKgK, n_block - 1, k_cursor)
-                pipes.v.acquire(v_cursor)
-                fetch = Boolean(True)
-                if const_expr(self.sparse):
-                    if not skipping and i >= self.v_lag:
-                        # The slot's last reader, P V of that tile, was issued after everybody's decision on it.
-                        skipping = not self._wanted(pipes, tiles, work, counts, n_block + self.v_lag, False)
-                    if skipping:
-                        fetch = self._wanted(pipes, tiles, work, counts, n_block, True)
-                        skipping = not fetch
-                v_cursor = self._load_v(op, pipes, tVsV, tVgV, n_block, v_cursor, fetch)
+                with span("load V"):
+                    pipes.v.acquire(v_cursor)
+                    fetch = Boolean(True)
+                    if const_expr(self.sparse):
+                        if not skipping and i >= self.v_lag:
+                            # The slot's last reader, P V of that tile, was issued after everybody's decision on it.
+                            skipping = not self._wanted(pipes, tiles, work, counts, n_block + self.v_lag, False)
+                        if skipping:
+                            fetch = self._wanted(pipes, tiles, work, counts, n_block, True)
+                            skipping = not fetch
+                    v_cursor = self._load_v(op, pipes, tVsV, tVgV, n_block, v_cursor, fetch)
             counts = added(counts, [r.end - r.begin for r in work.ranges])
             tile, claim = schedule.next_for_producer(tile, claim)
 
@@ -473,12 +475,13 @@ class Prefill:
 
     @cute.jit
     def _load_k(self, op: Operands, pipes: Pipes, tKsK, tKgK, n_block: Int32, cursor: Cursor):
-        for chunk in cutlass.range_constexpr(self.config.k_chunks):
-            pipes.k.acquire(cursor)
-            barrier = pipes.k.full(cursor)
-            self._expect(barrier, self.config.k_slot_bytes)
-            cute.copy(op.k_atom, tKgK[None, n_block, chunk], tKsK[None, cursor.index], tma_bar_ptr=barrier)
-            cursor = pipes.k.advanced(cursor)
+        with span("load K"):
+            for chunk in cutlass.range_constexpr(self.config.k_chunks):
+                pipes.k.acquire(cursor)
+                barrier = pipes.k.full(cursor)
+                self._expect(barrier, self.config.k_slot_bytes)
+                cute.copy(op.k_atom, tKgK[None, n_block, chunk], tKsK[None, cursor.index], tma_bar_ptr=barrier)
+                cursor = pipes.k.advanced(cursor)
         return cursor
 
     @cute.jit
@@ -541,46 +544,47 @@ class Prefill:
                 q_parity = q_parity ^ 1
             for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
                 n_block = work.union.end - 1 - i
-                if i > 0:
-                    pipes.v.wait(v_cursor)
-                for s in cutlass.range_constexpr(2):
-                    if is_within(n_block + 1, begins[s], sizes[s]):
-                        cute.arch.mbarrier_wait(pipes.p_ready + s, p_parity >> s & 1)
-                        tmem.fence_after_sync()
-                        p_parity = p_parity ^ (1 << s)
-                        if const_expr(self.persistent):
-                            if started >> s & 1 == 0:
-                                cute.arch.mbarrier_wait(pipes.o_free + s, o_parity >> s & 1)
-                                tmem.fence_after_sync()
-                                o_parity = o_parity ^ (1 << s)
-                        if self._kept(tiles, s, counts[s] + begins[s] + sizes[s] - 2 - n_block):
-                            self._values(
-                                fragments,
-                                base + plan.outputs[s],
-                                base + plan.probabilities[s],
-                                v_cursor.index,
-                                0,
-                                started >> s & 1 != 0,
-                                pipes.p_rest + s,
-                                rest_parity >> s & 1,
-                            )
-                            rest_parity = rest_parity ^ (1 << s)
-                            started = started | (1 << s)
-                    active = is_within(n_block, begins[s], sizes[s])
-                    scores = base + plan.scores[s]
-                    if const_expr(s == 0):
-                        if i < steps:
-                            pipes.k.wait(k_cursor)
-                        if active:
+                with span("products"):
+                    if i > 0:
+                        pipes.v.wait(v_cursor)
+                    for s in cutlass.range_constexpr(2):
+                        if is_within(n_block + 1, begins[s], sizes[s]):
+                            cute.arch.mbarrier_wait(pipes.p_ready + s, p_parity >> s & 1)
+                            tmem.fence_after_sync()
+                            p_parity = p_parity ^ (1 << s)
+                            if const_expr(self.persistent):
+                                if started >> s & 1 == 0:
+                                    cute.arch.mbarrier_wait(pipes.o_free + s, o_parity >> s & 1)
+                                    tmem.fence_after_sync()
+                                    o_parity = o_parity ^ (1 << s)
+                            if self._kept(tiles, s, counts[s] + begins[s] + sizes[s] - 2 - n_block):
+                                self._values(
+                                    fragments,
+                                    base + plan.outputs[s],
+                                    base + plan.probabilities[s],
+                                    v_cursor.index,
+                                    0,
+                                    started >> s & 1 != 0,
+                                    pipes.p_rest + s,
+                                    rest_parity >> s & 1,
+                                )
+                                rest_parity = rest_parity ^ (1 << s)
+                                started = started | (1 << s)
+                        active = is_within(n_block, begins[s], sizes[s])
+                        scores = base + plan.scores[s]
+                        if const_expr(s == 0):
+                            if i < steps:
+                                pipes.k.wait(k_cursor)
+                            if active:
+                                with cute.arch.elect_one():
+                                    self._scores(fragments, scores, s, 0, k_cursor.index)
+                                    umma.commit(pipes.s_full + s, self.pair)
+                        else:
+                            if n_block == begins[s] + sizes[s] - 1 and sizes[s] > 0:
+                                cute.arch.mbarrier_wait(pipes.q_full + s, q_parity >> s & 1)
+                                q_parity = q_parity ^ (1 << s)
                             with cute.arch.elect_one():
-                                self._scores(fragments, scores, s, 0, k_cursor.index)
-                                umma.commit(pipes.s_full + s, self.pair)
-                    else:
-                        if n_block == begins[s] + sizes[s] - 1 and sizes[s] > 0:
-                            cute.arch.mbarrier_wait(pipes.q_full + s, q_parity >> s & 1)
-                            q_parity = q_parity ^ (1 << s)
-                        with cute.arch.elect_one():
-                            self._close_step(fragments, pipes, scores, k_cursor, v_cursor, active, i, steps, sizes)
+                                self._close_step(fragments, pipes, scores, k_cursor, v_cursor, active, i, steps, sizes)
                 if i > 0:
                     v_cursor = pipes.v.advanced(v_cursor)
                 if i < steps:
@@ -605,58 +609,60 @@ class Prefill:
             steps = work.union.end - work.union.begin
             started = Int32(0)
             for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
-                if i < steps:
-                    if i == 0:
-                        cute.arch.mbarrier_wait(pipes.q_full, q_parity)
-                        q_parity = q_parity ^ 1
-                    buffer = (first + i) & 1
-                    for chunk in cutlass.range_constexpr(config.k_chunks):
-                        pipes.k.wait(k_cursor)
-                        scores = base + plan.scores[0] + buffer * plan.buffer_stride
-                        with cute.arch.elect_one():
-                            self._scores(fragments, scores, 0, chunk, k_cursor.index)
-                            if const_expr(chunk == config.k_chunks - 1):
-                                umma.commit(pipes.s_full + buffer, self.pair)
-                            umma.commit(pipes.k.empty(k_cursor), self.pair)
-                        k_cursor = pipes.k.advanced(k_cursor)
-                    if i == steps - 1:
-                        with cute.arch.elect_one():
-                            umma.commit(pipes.q_empty, self.pair)
-                if i > 0:
-                    last = first + i - 1
-                    buffer = last & 1
-                    cute.arch.mbarrier_wait(pipes.p_ready + buffer, last >> 1 & 1)
-                    tmem.fence_after_sync()
-                    if const_expr(self.persistent):
-                        if started == 0:
-                            cute.arch.mbarrier_wait(pipes.o_free, o_parity)
-                            tmem.fence_after_sync()
-                            o_parity = o_parity ^ 1
-                    keep = self._kept(tiles, 0, last)
-                    for chunk in cutlass.range_constexpr(config.v_chunks):
-                        pipes.v.wait(v_cursor)
+                with span("Q K^T"):
+                    if i < steps:
+                        if i == 0:
+                            cute.arch.mbarrier_wait(pipes.q_full, q_parity)
+                            q_parity = q_parity ^ 1
+                        buffer = (first + i) & 1
+                        for chunk in cutlass.range_constexpr(config.k_chunks):
+                            pipes.k.wait(k_cursor)
+                            scores = base + plan.scores[0] + buffer * plan.buffer_stride
+                            with cute.arch.elect_one():
+                                self._scores(fragments, scores, 0, chunk, k_cursor.index)
+                                if const_expr(chunk == config.k_chunks - 1):
+                                    umma.commit(pipes.s_full + buffer, self.pair)
+                                umma.commit(pipes.k.empty(k_cursor), self.pair)
+                            k_cursor = pipes.k.advanced(k_cursor)
+                        if i == steps - 1:
+                            with cute.arch.elect_one():
+                                umma.commit(pipes.q_empty, self.pair)
+                with span("P V"):
+                    if i > 0:
+                        last = first + i - 1
+                        buffer = last & 1
+                        cute.arch.mbarrier_wait(pipes.p_ready + buffer, last >> 1 & 1)
+                        tmem.fence_after_sync()
+                        if const_expr(self.persistent):
+                            if started == 0:
+                                cute.arch.mbarrier_wait(pipes.o_free, o_parity)
+                                tmem.fence_after_sync()
+                                o_parity = o_parity ^ 1
+                        keep = self._kept(tiles, 0, last)
+                        for chunk in cutlass.range_constexpr(config.v_chunks):
+                            pipes.v.wait(v_cursor)
+                            if keep:
+                                self._values(
+                                    fragments,
+                                    base + plan.outputs[0] + chunk * config.v_chunk,
+                                    base + plan.probabilities[0] + buffer * plan.buffer_stride,
+                                    v_cursor.index,
+                                    chunk,
+                                    started != 0,
+                                    pipes.p_rest + buffer,
+                                    rest_parity >> buffer & 1,
+                                )
+                            with cute.arch.elect_one():
+                                umma.commit(pipes.v.empty(v_cursor), self.pair)
+                            v_cursor = pipes.v.advanced(v_cursor)
                         if keep:
-                            self._values(
-                                fragments,
-                                base + plan.outputs[0] + chunk * config.v_chunk,
-                                base + plan.probabilities[0] + buffer * plan.buffer_stride,
-                                v_cursor.index,
-                                chunk,
-                                started != 0,
-                                pipes.p_rest + buffer,
-                                rest_parity >> buffer & 1,
-                            )
-                        with cute.arch.elect_one():
-                            umma.commit(pipes.v.empty(v_cursor), self.pair)
-                        v_cursor = pipes.v.advanced(v_cursor)
-                    if keep:
-                        with cute.arch.elect_one():
-                            umma.commit(pipes.o_step, self.pair)
-                        rest_parity = rest_parity ^ (1 << buffer)
-                        started = Int32(1)
-                    if i == steps:
-                        with cute.arch.elect_one():
-                            umma.commit(pipes.o_done, self.pair)
+                            with cute.arch.elect_one():
+                                umma.commit(pipes.o_step, self.pair)
+                            rest_parity = rest_parity ^ (1 << buffer)
+                            started = Int32(1)
+                        if i == steps:
+                            with cute.arch.elect_one():
+                                umma.commit(pipes.o_done, self.pair)
             first += steps
             tile, claim = schedule.next(tile, claim)
 
@@ -815,26 +821,28 @@ class Prefill:
         """One KV tile: the `count`-th of this warpgroup."""
         config = self.config
         thread, state = step.thread, step.state
-        buffer, address = self._await_scores(step, count)
-        scores = tmem.load_row(address, config.tile_n, FRAGMENT)
-        if const_expr(self.problem.softcap):
-            scores = [cute.math.tanh(s * step.op.prefill.scale.tanh_scale, fastmath=True) for s in scores]
-        if const_expr(masked):
-            step.band.hide(scores, range(config.tile_n), thread.q_idx, n_block * config.tile_n)
-        tile_max = tile_maximum(scores)
-        if const_expr(first):
-            state.start(tile_max, thread.in_sequence)
-            self._keep(step, n_block, count, buffer, address, scores, None, masked)
-        elif const_expr(not self.sparse):
-            self._keep(step, n_block, count, buffer, address, scores, tile_max, masked)
-        else:
-            barrier = int(NamedBarrier.VOTE) + thread.query_tile
-            if any_of_group(state.wants(tile_max), barrier, GROUP_THREADS):
+        with span("await S"):
+            buffer, address = self._await_scores(step, count)
+        with span("softmax"):
+            scores = tmem.load_row(address, config.tile_n, FRAGMENT)
+            if const_expr(self.problem.softcap):
+                scores = [cute.math.tanh(s * step.op.prefill.scale.tanh_scale, fastmath=True) for s in scores]
+            if const_expr(masked):
+                step.band.hide(scores, range(config.tile_n), thread.q_idx, n_block * config.tile_n)
+            tile_max = tile_maximum(scores)
+            if const_expr(first):
+                state.start(tile_max, thread.in_sequence)
+                self._keep(step, n_block, count, buffer, address, scores, None, masked)
+            elif const_expr(not self.sparse):
                 self._keep(step, n_block, count, buffer, address, scores, tile_max, masked)
             else:
-                self._publish(step, n_block, count, SKIPPED)
-                tmem.fence_before_sync()
-                self._tell_leader(step.pipes.p_ready + buffer)
+                barrier = int(NamedBarrier.VOTE) + thread.query_tile
+                if any_of_group(state.wants(tile_max), barrier, GROUP_THREADS):
+                    self._keep(step, n_block, count, buffer, address, scores, tile_max, masked)
+                else:
+                    self._publish(step, n_block, count, SKIPPED)
+                    tmem.fence_before_sync()
+                    self._tell_leader(step.pipes.p_ready + buffer)
 
     @cute.jit
     def _await_scores(self, step, count: Int32):
@@ -955,31 +963,32 @@ class Prefill:
         while tile.m_block != NO_TILE:
             work = self._work(op, tile)
             mO = op.prefill.out.sequence(work.head_idx, tile.batch_idx, work.span_q)
-            for s in cutlass.range_constexpr(config.query_tiles):
-                q_idx = self._first_row(op, tile, s) + row
-                gO = mO[q_idx, None]
-                exists = q_idx < work.span_q.length
-                if work.ranges[s].begin < work.ranges[s].end:
-                    cute.arch.mbarrier_wait(pipes.row_done + s, parity >> s & 1)
-                    factor = tiles.sFactor[row, s]
-                    if const_expr(self.persistent):
-                        cute.arch.mbarrier_arrive(pipes.factor_free + s)
-                    cute.arch.mbarrier_wait(pipes.o_done + s, parity >> s & 1)
-                    tmem.fence_after_sync()
-                    parity = parity ^ (1 << s)
-                    output = lane + plan.outputs[s]
-                    for first_column in cutlass.range_constexpr(0, config.head_dim_v, STORE_FRAGMENT):
-                        columns = tmem.load_row(output + first_column, STORE_FRAGMENT, STORE_FRAGMENT)
-                        if const_expr(self.persistent and first_column + STORE_FRAGMENT == config.head_dim_v):
-                            tmem.fence_before_sync()
-                            self._tell_leader(pipes.o_free + s)
-                        words = self._output_words(columns, factor)
-                        if exists:
-                            self._store_columns(gO, first_column, words)
-                elif exists:  # nothing was multiplied
-                    zeros = [Int32(0)] * (STORE_FRAGMENT // 2)
-                    for first_column in cutlass.range_constexpr(0, config.head_dim_v, STORE_FRAGMENT):
-                        self._store_columns(gO, first_column, zeros)
+            with span("store"):
+                for s in cutlass.range_constexpr(config.query_tiles):
+                    q_idx = self._first_row(op, tile, s) + row
+                    gO = mO[q_idx, None]
+                    exists = q_idx < work.span_q.length
+                    if work.ranges[s].begin < work.ranges[s].end:
+                        cute.arch.mbarrier_wait(pipes.row_done + s, parity >> s & 1)
+                        factor = tiles.sFactor[row, s]
+                        if const_expr(self.persistent):
+                            cute.arch.mbarrier_arrive(pipes.factor_free + s)
+                        cute.arch.mbarrier_wait(pipes.o_done + s, parity >> s & 1)
+                        tmem.fence_after_sync()
+                        parity = parity ^ (1 << s)
+                        output = lane + plan.outputs[s]
+                        for first_column in cutlass.range_constexpr(0, config.head_dim_v, STORE_FRAGMENT):
+                            columns = tmem.load_row(output + first_column, STORE_FRAGMENT, STORE_FRAGMENT)
+                            if const_expr(self.persistent and first_column + STORE_FRAGMENT == config.head_dim_v):
+                                tmem.fence_before_sync()
+                                self._tell_leader(pipes.o_free + s)
+                            words = self._output_words(columns, factor)
+                            if exists:
+                                self._store_columns(gO, first_column, words)
+                    elif exists:  # nothing was multiplied
+                        zeros = [Int32(0)] * (STORE_FRAGMENT // 2)
+                        for first_column in cutlass.range_constexpr(0, config.head_dim_v, STORE_FRAGMENT):
+                            self._store_columns(gO, first_column, zeros)
             tile, claim = schedule.next(tile, claim)
 
     def _output_words(self, columns: list, factor: Float32) -> list:
