@@ -1,41 +1,48 @@
 """Rows of measurements as tables and plots: python -m profiling.report [FOLDER...]
 
-Reads prefill.jsonl of each folder (default: every one in profiling/results), writes README.md beside it with the tables
-and, where matplotlib is installed, plots as PNG and SVG: rate against length, speed-up against sparsity, roofline. The
-tables also go into this project's README.md, between the lines MARK_BEGIN and MARK_END where it has them. Of
-measurements of the same thing the latest counts.
+Reads prefill.jsonl, decode.jsonl and host.jsonl of each folder (default: every one in profiling/results), as far as
+they are there, writes README.md beside them with the tables and, where matplotlib is installed, plots as PNG and SVG:
+prefill's rate against length, decode's bandwidth against bytes, speed-up against sparsity, roofline. The tables also
+go into this project's README.md, between the lines MARK_BEGIN and MARK_END where it has them. Of measurements of the
+same thing the latest counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from profiling import rows
+from profiling import decode, rows
 from profiling.bench import CASES, OURS, flops
 from profiling.peers import PEERS, Shape
 from profiling.rows import Row
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARK_BEGIN, MARK_END = "<!-- measured: begin -->", "<!-- measured: end -->"
-PROVIDERS = (OURS, *PEERS)
-CEILING = 2.0  # Q K^T always runs: half of the work cannot be skipped
+CEILING = 2.0  # Q K^T always runs, and K is always read: half of the work cannot be skipped
+OPS = {"prefill": CASES, "decode": decode.CASES, "host": {}}  # each in a file of its own; the cases in their order
+PEERS_OF = {"prefill": tuple(PEERS), "decode": tuple(decode.PEERS), "host": ()}
 # Copy (read + write) in TB/s and BF16 matrix product (8192^3, random data) in TFLOP/s, as measured with PyTorch.
 ROOFS = {"NVIDIA H200": (4.3, 790.0)}
 
 
 
 class Measured:
-    """The latest row of each (case, mode, provider, metric) of one GPU."""
+    """The latest row of each (case, mode, provider, metric) of one operation on one GPU."""
 
-    def __init__(self, all_rows: Iterable[Row]) -> None:
+    def __init__(self, all_rows: Iterable[Row], op: str = "prefill") -> None:
+        self.op, self.known_cases, self.peers = op, OPS[op], PEERS_OF[op]
         self.latest: dict[tuple[str, str, str, str], Row] = {}
         for row in sorted(all_rows, key=lambda row: row.time):
             self.latest[row.case, row.mode, row.provider, row.metric] = row
         if not self.latest:
             raise ValueError("there are no rows to report")
+        ops = sorted({row.op for row in self.latest.values()})
+        if ops != [op]:
+            raise ValueError(f"rows of {', '.join(ops)} where those of {op} are expected")
         gpus = sorted({row.gpu for row in self.latest.values()})
         if len(gpus) > 1:
             raise ValueError(f"rows of several GPUs in one folder: {', '.join(gpus)}")
@@ -48,12 +55,12 @@ class Measured:
     def providers(self, mode_of: Iterable[str]) -> list[str]:
         modes = set(mode_of)
         present = {provider for _, mode, provider, metric in self.latest if mode in modes and metric == "time"}
-        return [name for name in PROVIDERS if name in present]
+        return [name for name in (OURS, *self.peers) if name in present]
 
     def cases(self, mode: str) -> list[str]:
         """In the order of the benchmark; cases it no longer has, last."""
         present = {case for case, row_mode, _, metric in self.latest if row_mode == mode and metric == "time"}
-        return [name for name in CASES if name in present] + sorted(present - set(CASES))
+        return [name for name in self.known_cases if name in present] + sorted(present - set(self.known_cases))
 
     def sparse_modes(self, case: str) -> list[str]:
         modes = {m for c, m, p, metric in self.latest if c == case and m.startswith("sparsity ") and p == OURS}
@@ -61,7 +68,7 @@ class Measured:
 
     def sources(self) -> str:
         """With what and when, in a sentence."""
-        timed = [row for row in self.latest.values() if row.metric == "time"]
+        timed = [row for row in self.latest.values() if row.metric in ("time", "host_time")]
         parts = []
         for name, label in (("driver", "driver"), ("torch", "PyTorch"), ("cutlass_dsl", "CuTe-DSL"),
                             ("commit", "commit")):  # fmt: skip
@@ -86,17 +93,18 @@ def number(value: float | None, form: str) -> str:
 
 
 def dense_table(measured: Measured) -> str:
-    """TFLOP/s, the best of a line in bold, and the clock that it ran at."""
+    """TFLOP/s, or TB/s of decode: the best of a line in bold (a copy is a roof, no rival), and the clock it ran at."""
+    metric, form = ("bandwidth", ".2f") if measured.op == "decode" else ("rate", ".0f")
     names = measured.providers(["dense"])
     lines = []
     for case in measured.cases("dense"):
-        rates = {name: measured.value(case, "dense", name, "rate") for name in names}
-        best = max((rate for rate in rates.values() if rate is not None), default=None)
-        cells = [f"**{rate:.0f}**" if rate is not None and rate == best else number(rate, ".0f")
-                 for rate in rates.values()]  # fmt: skip
+        rates = {name: measured.value(case, "dense", name, metric) for name in names}
+        best = max((rate for name, rate in rates.items() if rate is not None and name != decode.COPY), default=None)
+        cells = [f"**{rate:{form}}**" if rate is not None and rate == best and name != decode.COPY else
+                 number(rate, form) for name, rate in rates.items()]  # fmt: skip
         clock = measured.value(case, "dense", "gpu", "sm_clock")
         lines.append([case, *cells, number(measured.value(case, "dense", OURS, "time"), ".3f"), number(clock, ".0f")])
-    return table(["TFLOP/s", *names, f"{OURS}, ms", "SM clock, MHz"], lines)
+    return table([rows.UNITS[metric], *names, f"{OURS}, ms", "SM clock, MHz"], lines)
 
 
 def sparsity_table(measured: Measured, case: str) -> str:
@@ -120,7 +128,8 @@ def sparsity_table(measured: Measured, case: str) -> str:
 
 
 def fastest_peer(measured: Measured, case: str) -> tuple[str, float] | None:
-    times = {name: measured.value(case, "structured, dense", name, "time") for name in PEERS}
+    times = {name: measured.value(case, "structured, dense", name, "time") for name in measured.peers
+             if name != decode.COPY}  # fmt: skip
     return min(((name, ms) for name, ms in times.items() if ms is not None), key=lambda item: item[1], default=None)
 
 
@@ -128,8 +137,27 @@ def ratio(peer: tuple[str, float] | None, ms: float | None) -> str:
     return f"{peer[1] / ms:.2f}" if peer and ms else ""
 
 
+def host_table(measured: Measured) -> str:
+    """What a call costs the host, by mode; of a warm call the median and, in brackets, the 80th percentile."""
+    lines = []
+    for case, mode in dict.fromkeys((case, mode) for case, mode, _, _ in measured.latest):
+        def read(metric: str, case: str = case, mode: str = mode) -> float | None:
+            return measured.value(case, mode, OURS, metric)
+
+        warm = measured.latest.get((case, mode, OURS, "host_time"))
+        first = read("first_call")
+        lines.append([
+            f"{case}, {mode}", number(read("import"), ".2f"), number(first and first * 1e3, ".0f"),
+            f"{warm.p50:.1f} ({warm.p80:.1f})" if warm else "",
+        ])  # fmt: skip
+    return table(["case", "imports, s", "first call, ms", "warm call, us"], lines)
+
+
 def tables(measured: Measured) -> str:
-    parts = [f"### {measured.gpu}", f"{measured.sources()}. Medians; protocol in `profiling/bench.py`."]
+    protocol = "profiling/host.py" if measured.op == "host" else "profiling/bench.py"
+    parts = [f"### {measured.gpu}, {measured.op}", f"{measured.sources()}. Medians; protocol in `{protocol}`."]
+    if measured.op == "host":
+        parts.append(host_table(measured))
     if measured.cases("dense"):
         parts += ["Dense, random input, BF16:", dense_table(measured)]
     for case in measured.cases("structured, dense"):
@@ -164,8 +192,7 @@ def plots(measured: Measured, folder: Path) -> list[Path]:
 
     folder.mkdir(exist_ok=True)
     written = []
-    drawings = {"rate": draw_rates, "sparsity": draw_sparsity, "roofline": draw_roofline}
-    for name, draw in drawings.items():
+    for name, draw in DRAWINGS[measured.op].items():
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
         if draw(measured, axes):
             axes.grid(alpha=0.3)
@@ -191,6 +218,24 @@ def draw_rates(measured: Measured, axes) -> bool:
                 drawn = True
     axes.set_xscale("log", base=2)
     axes.set(xlabel="sequence length", ylabel="TFLOP/s", title=f"{measured.gpu}: head dim 128, BF16, dense")
+    return drawn
+
+
+def draw_bandwidth(measured: Measured, axes) -> bool:
+    """By the bytes of K and V; contiguous caches solid, paged ones dashed."""
+    drawn = False
+    for (index, provider), paged in itertools.product(enumerate(measured.providers(["dense"])), (False, True)):
+        points = []
+        for case in measured.cases("dense"):
+            shape, value = decode.CASES.get(case), measured.value(case, "dense", provider, "bandwidth")
+            if shape is not None and value is not None and bool(shape.page_size) == paged:
+                points.append((shape.kv_bytes, value))
+        if points:
+            label = f"{provider}{', paged' if paged else ''}"
+            axes.plot(*zip(*sorted(points), strict=True), "s--" if paged else "o-", color=f"C{index}", label=label)
+            drawn = True
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="bytes of K and V", ylabel="TB/s", title=f"{measured.gpu}: decode, BF16, dense")
     return drawn
 
 
@@ -241,16 +286,27 @@ def draw_roofline(measured: Measured, axes) -> bool:
     return drawn
 
 
+DRAWINGS = {
+    "prefill": {"rate": draw_rates, "sparsity": draw_sparsity, "roofline": draw_roofline},
+    "decode": {"decode-bandwidth": draw_bandwidth, "decode-sparsity": draw_sparsity},
+    "host": {},
+}
+
+
 # ---- The command ---------------------------------------------------------------------------------------------------
 
 
 def report(folder: Path) -> str:
-    """Writes a folder's README.md and plots; the tables."""
-    measured = Measured(rows.read(folder / "prefill.jsonl"))
-    content = tables(measured)
+    """Writes a folder's README.md and plots; the tables. Raises FileNotFoundError where it has no rows."""
+    files = {op: folder / f"{op}.jsonl" for op in OPS}
+    present = [op for op, path in files.items() if path.exists() and path.stat().st_size]
+    if not present:
+        raise FileNotFoundError(f"{folder} has no rows in any of {', '.join(path.name for path in files.values())}")
+    measured = [Measured(rows.read(files[op]), op) for op in present]
+    content = "\n".join(tables(one) for one in measured)
     pictures: list[Path] = []
     try:
-        pictures = plots(measured, folder / "plots")
+        pictures = [picture for one in measured for picture in plots(one, folder / "plots")]
     except ImportError:
         print("no plots: pip install matplotlib", file=sys.stderr)
     images = "".join(f"\n![{path.stem}](plots/{path.name})\n" for path in pictures if path.suffix == ".svg")
@@ -260,9 +316,9 @@ def report(folder: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m profiling.report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folders", nargs="*", type=Path, help="with a prefill.jsonl; default: profiling/results/*")
+    parser.add_argument("folders", nargs="*", type=Path, help="with rows; default: profiling/results/*")
     options = parser.parse_args(arguments)
-    folders = options.folders or sorted(path.parent for path in rows.RESULTS.glob("*/prefill.jsonl"))
+    folders = options.folders or sorted({path.parent for path in rows.RESULTS.glob("*/*.jsonl")})
     if not folders:
         print(f"report.py: no rows in {rows.RESULTS}: measure with make gpu-check", file=sys.stderr)
         return 2

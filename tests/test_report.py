@@ -14,8 +14,28 @@ LATER = rows.Origin("NVIDIA H200", "580.1", "2.13", "4.8.1", "abd", "2026-01-02T
 LONG = "d128-64k-causal"
 
 
-def row(provider, case, mode, metric, value, origin=ORIGIN) -> rows.Row:
-    return rows.row(origin, "prefill", provider, case, mode, metric, (value, value, value))
+PAGED = "b8-32k-32q8kv-pages"
+
+
+def row(provider, case, mode, metric, value, origin=ORIGIN, op="prefill") -> rows.Row:
+    return rows.row(origin, op, provider, case, mode, metric, (value, value, value))
+
+
+def made_up_decode() -> list[rows.Row]:
+    found = []
+    for provider, bandwidth in (("copy", 4.3), ("fa4", 3.9), ("cute_sparse", 4.1)):
+        found.append(row(provider, PAGED, "dense", "bandwidth", bandwidth, op="decode"))
+        found.append(row(provider, PAGED, "dense", "time", 1 / bandwidth, op="decode"))
+        found.append(row(provider, PAGED, "structured, dense", "time", 1 / bandwidth, op="decode"))
+    skipping = {"time": 0.125, "sparsity": 0.9, "threshold": 0.01, "error": 2e-3, "error_dense": 3e-3}
+    for metric, value in skipping.items():
+        found.append(row("cute_sparse", PAGED, "sparsity 0.9", metric, value, op="decode"))
+    return found
+
+
+def made_up_host() -> list[rows.Row]:
+    values = {"import": 1.25, "first_call": 0.042, "host_time": 9.5}
+    return [row("cute_sparse", "1x64", "dense, disk", metric, value, op="host") for metric, value in values.items()]
 
 
 def made_up() -> list[rows.Row]:
@@ -80,8 +100,38 @@ def test_only_what_stands_between_the_marks_is_replaced():
         report.between_marks(f"{report.MARK_END}{report.MARK_BEGIN}", "new")
 
 
-def write(folder, all_rows) -> None:
-    writer = rows.Writer(folder / "prefill.jsonl")
+def test_a_copy_is_a_roof_and_no_rival():
+    measured = report.Measured(made_up_decode(), "decode")
+    lines = report.dense_table(measured).splitlines()
+    assert lines[0].startswith("| TB/s | cute_sparse | copy | fa4 |")
+    assert lines[2].startswith(f"| {PAGED} | **4.10** | 4.30 | 3.90 |")
+    assert "of fa4" in report.sparsity_table(measured, PAGED).splitlines()[0]
+    assert "| 0.9 | 90.0% | 0.01 | 0.125 | 1.95 | 2.05 |" in report.sparsity_table(measured, PAGED)
+
+
+def test_the_host_table_has_seconds_milliseconds_and_microseconds():
+    lines = report.host_table(report.Measured(made_up_host(), "host")).splitlines()
+    assert lines[2] == "| 1x64, dense, disk | 1.25 | 42 | 9.5 (9.5) |"
+
+
+def test_rows_of_another_operation_are_refused():
+    with pytest.raises(ValueError, match="rows of host where those of decode"):
+        report.Measured(made_up_host(), "decode")
+
+
+def test_a_folder_has_what_was_measured_of_every_operation(tmp_path):
+    for op, all_rows in (("prefill", made_up()), ("decode", made_up_decode()), ("host", made_up_host())):
+        write(tmp_path, all_rows, op)
+    content = report.report(tmp_path)
+    assert [line for line in content.splitlines() if line.startswith("###")] == [
+        "### NVIDIA H200, prefill", "### NVIDIA H200, decode", "### NVIDIA H200, host"
+    ]  # fmt: skip
+    (tmp_path / "prefill.jsonl").write_text("")  # a run that ended before its first row
+    assert "prefill" not in report.report(tmp_path).replace("profiling", "")
+
+
+def write(folder, all_rows, op="prefill") -> None:
+    writer = rows.Writer(folder / f"{op}.jsonl")
     for one in all_rows:
         writer.write(one)
 
@@ -97,8 +147,10 @@ def test_a_folder_gets_its_tables(tmp_path, capsys):
 def test_plots_are_written_as_png_and_svg(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     write(tmp_path, made_up())
+    write(tmp_path, made_up_decode(), "decode")
     report.report(tmp_path)
-    names = {f"{name}.{ending}" for name in ("rate", "sparsity", "roofline") for ending in ("png", "svg")}
+    drawn = ("rate", "sparsity", "roofline", "decode-bandwidth", "decode-sparsity")
+    names = {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")}
     assert {path.name for path in (tmp_path / "plots").iterdir()} == names
     assert "(plots/rate.svg)" in (tmp_path / "README.md").read_text()
 
