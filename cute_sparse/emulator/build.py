@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,10 @@ COMPILE_FLAGS = (
     "-std=c++17", "-O3", "-march=x86-64-v3", "-ffp-contract=off", "-frounding-math",
     "-fPIC", "-fvisibility=hidden", "-pthread",
 )  # fmt: skip
+# What nearly every source includes, parsed once (31.8 s to build everything without it, 25 s with it, on two cores). It
+# takes 90 MB on disk and 3 s, too much for a few sources; and clang has another way to precompile.
+PRECOMPILED = ("algorithm", "map", "set", "sstream", "machine.h")
+PRECOMPILE_FROM = 6  # sources to compile
 COMPILERS_AT_ONCE = max(1, min(4, os.cpu_count() or 1))  # each takes up to 0.4 GB
 
 
@@ -88,14 +93,27 @@ def _compile(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) ->
     directory.mkdir(exist_ok=True)
     objects = [directory / f"{source.stem}-{_digest([source, *headers], *COMPILE_FLAGS)}.o" for source in sources]
 
-    def compile_one(source: Path, target: Path) -> None:
-        if not target.exists():
-            _run([compiler, *COMPILE_FLAGS, f"-I{CORE}", "-c", str(source), "-o"], target)
-
-    largest_first = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
-    with ThreadPoolExecutor(COMPILERS_AT_ONCE) as pool:
-        list(pool.map(lambda pair: compile_one(*pair), largest_first))
+    missing = [pair for pair in zip(sources, objects, strict=True) if not pair[1].exists()]
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(COMPILERS_AT_ONCE) as pool:
+        command = [compiler, *COMPILE_FLAGS, f"-I{CORE}"]
+        if len(missing) >= PRECOMPILE_FROM and _is_gcc(compiler):
+            command += ["-include", str(_precompile(command, Path(scratch)))]
+        largest_first = sorted(missing, key=lambda pair: -pair[0].stat().st_size)
+        list(pool.map(lambda pair: _run([*command, "-c", str(pair[0]), "-o"], pair[1]), largest_first))
     return objects
+
+
+def _is_gcc(compiler: str) -> bool:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    return "Free Software Foundation" in version
+
+
+def _precompile(command: list[str], folder: Path) -> Path:
+    """A header that includes PRECOMPILED, with its precompiled form beside it, where GCC looks for it."""
+    header = folder / "core.h"
+    header.write_text("".join(f'#include "{name}"\n' for name in PRECOMPILED))
+    _run([*command, "-x", "c++-header", str(header), "-o"], folder / "core.h.gch")
+    return header
 
 
 def _link(compiler: str, objects: Sequence[Path], target: Path) -> None:
