@@ -60,7 +60,7 @@ class Result(NamedTuple):
 _plans: dict[tuple, object] = {}
 
 
-def plan_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> ReferencePlan | KernelPlan:
+def plan_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> ReferencePlan | PrefillKernelPlan:
     """The plan for a prefill call; `options` are those of `inputs.check_attention`. Raises what that raises."""
     return _planned("prefill", inputs.check_attention, _make_plan, q, k, v, options)
 
@@ -98,11 +98,11 @@ def _identity(tensor: torch.Tensor) -> tuple:
     )  # fmt: skip
 
 
-def _make_plan(request: Request) -> ReferencePlan | KernelPlan:
+def _make_plan(request: Request) -> ReferencePlan | PrefillKernelPlan:
     target = _target(request.device)
     # A plan lives long and may serve other tensors: it keeps the threshold's form, not the tensor.
     request = _without_tensors(request)
-    return ReferencePlan(request) if target is None else KernelPlan(request, target)
+    return ReferencePlan(request) if target is None else PrefillKernelPlan(request, target)
 
 
 def _make_decode_plan(request: DecodeRequest) -> DecodeReferencePlan | DecodeKernelPlan:
@@ -197,139 +197,29 @@ def _check_varlen_values(request: Request, cu_seqlens_q: torch.Tensor, cu_seqlen
 
 
 class KernelPlan:
-    """A compiled kernel with every operand but the addresses filled in."""
+    """A compiled kernel with every operand but the addresses filled in; one of the two kinds below."""
 
-    def __init__(self, request: Request, target: Target) -> None:
+    pointers: tuple[str, ...]  # the kernel's operands that are addresses, by name
+    operands: tuple[Operand, ...]  # all of them
+
+    def __init__(self, request: Request | DecodeRequest, target: Target, heads: int, map_shape: Callable) -> None:
+        """heads: those that decide apart; map_shape: from the geometry, of the skip map behind (batch, heads)."""
         self.request = request
         self.target = target
-        kernel = compiled_kernel(request.problem, target)
-        self.launcher = kernel.launcher
-        self.geometry = kernel.config.geometry
+        self.config, self.launcher = compiled_kernel(request.problem, target)
+        self.geometry = self.config.geometry
+        self.counts_shape = (2, request.batch, heads)
+        self.map_shape = (request.batch, heads, *map_shape(self.geometry))
         self.out_shape, self.lse_shape = request.out_shape, request.lse_shape
-        self.counts_shape = (2, request.batch, request.heads_q)
-        self.map_shape = (
-            request.batch,
-            request.heads_q,
-            -(-request.seqlen_q // self.geometry.tile_rows),
-            -(-request.seqlen_k // self.geometry.tile_n),
-        )
         self.return_lse, self.return_stats = request.problem.return_lse, request.problem.return_stats
-        self.nothing_to_read = request.batch == 0 or request.total_k == 0 or request.seqlen_k == 0
-        self.nothing_to_write = 0 in self.out_shape or request.seqlen_q == 0
         self.values_are_near = request.device.type == "cpu"  # in the emulator
         self._constants: tuple[int | float, ...] | None = None
 
-    def run(self, q, k, v, out, given_threshold, cu_seqlens_q, cu_seqlens_k) -> Result:
+    def run(self, q, k, v, out, given_threshold, *sequences) -> Result:
+        """`sequences` are the tensors that tell each sequence's place, as the kind of call has them, or None."""
         threshold_tensor = given_threshold if isinstance(given_threshold, torch.Tensor) else None
         if self.values_are_near:
-            self._check_values(threshold_tensor, cu_seqlens_q, cu_seqlens_k)
-        if out is None:
-            out = q.new_empty(self.out_shape)
-        lse = q.new_empty(self.lse_shape, dtype=torch.float32) if self.return_lse else None
-        tile_counts = skip_map = None
-        if self.return_stats:
-            tile_counts = q.new_zeros(self.counts_shape, dtype=torch.int32)
-            skip_map = q.new_zeros(self.map_shape, dtype=torch.uint8)
-        if self.nothing_to_write:
-            pass
-        elif self.nothing_to_read:
-            out.zero_()
-            if lse is not None:
-                lse.fill_(-torch.inf)
-        else:
-            self._launch((
-                q, k, v, out, lse, threshold_tensor, cu_seqlens_q, cu_seqlens_k, tile_counts, skip_map,
-            ))  # fmt: skip
-        return Result(out, lse, tile_counts, skip_map)
-
-    def _check_values(self, threshold_tensor, cu_seqlens_q, cu_seqlens_k) -> None:
-        if threshold_tensor is not None:
-            threshold.check_values(threshold_tensor)
-        if cu_seqlens_q is not None:
-            _check_varlen_values(self.request, cu_seqlens_q, cu_seqlens_k)
-
-    def _launch(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
-        """Launch with the tensors of PREFILL's pointers, all but the last."""
-        if self._constants is None:  # the same at every run: strides are part of what a plan is made for
-            self._constants = _prefill_constants(self, *tensors[:4])
-        target = self.target
-        with target.ready(PREFILL_POINTERS, tensors):
-            stream = target.stream()
-            work_counter = target.zeroed(stream, WORK_COUNTER_BYTES)
-            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-            self.launcher((*addresses, work_counter.data_ptr(), *self._constants), stream)
-
-
-def _common_constants(plan: KernelPlan | DecodeKernelPlan) -> dict[str, int | float]:
-    """The operands that both kinds of kernel have, by name."""
-    request, form = plan.request, plan.request.threshold
-    names = "batch heads_q heads_kv seqlen_q window_left window_right softmax_scale softcap"
-    return {name: getattr(request, name) for name in names.split()} | {
-        "threshold_stride_batch": form.stride_batch if form else 0,
-        "threshold_stride_head": form.stride_head if form else 0,
-        "threshold_log2": form.log2 if form else 0.0,
-        "map_rows": plan.map_shape[2],
-        "map_cols": plan.map_shape[3],
-    }
-
-
-def _prefill_constants(plan: KernelPlan, q, k, v, out) -> tuple[int | float, ...]:
-    """The operands of a plan after the pointers, in PREFILL's order; only the strides need the tensors."""
-    request = plan.request
-    values = _common_constants(plan)
-    values |= {name: getattr(request, name) for name in ("seqlen_k", "total_q", "total_k")}
-    for name, tensor in {"q": q, "k": k, "v": v, "out": out}.items():
-        *batch_stride, seq_stride, head_stride, _ = tensor.stride()
-        values[f"{name}_stride_batch"] = batch_stride[0] if batch_stride else 0
-        values[f"{name}_stride_seq"] = seq_stride
-        values[f"{name}_stride_head"] = head_stride
-    return tuple(values[operand.name] for operand in PREFILL[len(PREFILL_POINTERS) :])
-
-
-WORK_COUNTER_BYTES = 8
-SHARED_MAX_ALIGN_BYTES = 128  # of shared_max behind arrivals: a cache line of its own
-
-
-class DecodeKernelPlan:
-    """A compiled decode kernel with every operand but the addresses filled in. Nothing here depends on lengths.
-
-    splitting  how the tiles of a call are cut, as `splits.item_cuts` takes it
-    """
-
-    def __init__(self, request: DecodeRequest, target: Target) -> None:
-        self.request = request
-        self.target = target
-        kernel = compiled_kernel(request.problem, target)
-        self.launcher, config = kernel.launcher, kernel.config
-        self.geometry = config.geometry
-        problem = request.problem
-        row_blocks = -(-request.rows // self.geometry.tile_rows)
-        map_cols = -(-request.capacity // self.geometry.tile_n)
-        self.out_shape, self.lse_shape = request.out_shape, request.lse_shape
-        self.counts_shape = (2, request.batch, request.heads_kv)
-        self.map_shape = (request.batch, request.heads_kv, row_blocks, map_cols)
-        self.return_lse, self.return_stats = problem.return_lse, problem.return_stats
-        self.nothing_to_write = 0 in self.out_shape
-        self.nothing_to_read = request.capacity == 0 or request.blocks == 0
-        self.values_are_near = request.device.type == "cpu"  # in the emulator
-        items = request.batch * request.heads_kv * row_blocks
-        # An item has at most map_cols tiles, and so at most as many parts.
-        self.num_splits = min(request.num_splits, max(map_cols, 1))
-        self.splitting = dict(num_splits=self.num_splits, ctas=target.sms, min_tiles=config.min_tiles)
-        self.slot_rows = min(request.rows, self.geometry.tile_rows)
-        self.partial_slots = splits.partial_slots(items, target.sms, self.num_splits)
-        self.partials_shape = (self.partial_slots * self.slot_rows * (problem.head_dim_v + 2),)
-        arrivals_bytes = 4 * items
-        self.shared_max_offset = -(-arrivals_bytes // SHARED_MAX_ALIGN_BYTES) * SHARED_MAX_ALIGN_BYTES
-        self.zeroed_bytes = arrivals_bytes
-        if problem.share_max:
-            self.zeroed_bytes = self.shared_max_offset + 4 * items * self.slot_rows
-        self._constants: tuple[int | float, ...] | None = None
-
-    def run(self, q, k_cache, v_cache, out, given_threshold, seqused_k, page_table) -> Result:
-        threshold_tensor = given_threshold if isinstance(given_threshold, torch.Tensor) else None
-        if self.values_are_near:
-            inputs.check_decode_values(self.request, seqused_k, page_table)
+            self._check_values(*sequences)
             if threshold_tensor is not None:
                 threshold.check_values(threshold_tensor)
         if out is None:
@@ -346,42 +236,124 @@ class DecodeKernelPlan:
             if lse is not None:
                 lse.fill_(-torch.inf)
         else:
-            self._launch((
-                q, k_cache, v_cache, out, lse, threshold_tensor, seqused_k, page_table, tile_counts, skip_map,
-                q.new_empty(self.partials_shape, dtype=torch.float32),
-            ))  # fmt: skip
+            self._launch((q, k, v, out, lse, threshold_tensor, *sequences, tile_counts, skip_map))
         return Result(out, lse, tile_counts, skip_map)
 
     def _launch(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
-        """Launch with the tensors of DECODE's pointers, all but the last two."""
-        if self._constants is None:
-            self._constants = _decode_constants(self, *tensors[:4], page_table=tensors[7])
+        """Launch with the tensors that the caller sees; the plan adds those for the kernel alone."""
+        if self._constants is None:  # the same at every run: strides are part of what a plan is made for
+            values = self._common_values(*tensors[:4]) | self._values(tensors)
+            self._constants = tuple(values[operand.name] for operand in self.operands[len(self.pointers) :])
+        tensors += self._scratch(tensors[0])
         target = self.target
-        with target.ready(DECODE_POINTERS, tensors):
+        with target.ready(self.pointers, tensors):
             stream = target.stream()
-            zeroed = target.zeroed(stream, self.zeroed_bytes)
-            arrivals = zeroed.data_ptr()
-            shared_max = arrivals + self.shared_max_offset if self.request.problem.share_max else 0
+            counters = self._counters(target.zeroed(stream, self.zeroed_bytes).data_ptr())
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-            self.launcher((*addresses, arrivals, shared_max, *self._constants), stream)
+            self.launcher((*addresses, *counters, *self._constants), stream)
+
+    def _common_values(self, q, k, v, out) -> dict[str, int | float]:
+        """The operands that both kinds of kernel have, by name; only the strides need the tensors."""
+        request, form = self.request, self.request.threshold
+        names = "batch heads_q heads_kv seqlen_q window_left window_right softmax_scale softcap"
+        values = {name: getattr(request, name) for name in names.split()}
+        for name, tensor in {"q": q, "k": k, "v": v, "out": out}.items():
+            values[f"{name}_stride_seq"], values[f"{name}_stride_head"] = tensor.stride()[-3:-1]
+        return values | {
+            "threshold_stride_batch": form.stride_batch if form else 0,
+            "threshold_stride_head": form.stride_head if form else 0,
+            "threshold_log2": form.log2 if form else 0.0,
+            "map_rows": self.map_shape[2],
+            "map_cols": self.map_shape[3],
+        }
 
 
-def _decode_constants(plan: DecodeKernelPlan, q, k, v, out, page_table) -> tuple[int | float, ...]:
-    """The operands of a plan after the pointers, in DECODE's order; only the strides need the tensors."""
-    request = plan.request
-    values = _common_constants(plan) | {
-        "capacity": request.capacity,
-        "blocks": request.blocks,
-        "page_table_stride": 0 if page_table is None else page_table.stride(0),
-        "partial_slots": plan.partial_slots,
-        "slot_rows": plan.slot_rows,
-        "num_splits": plan.num_splits,
-        "ctas": plan.target.sms,
-    }
-    for name, outermost, tensor in (("q", "batch", q), ("k", "block", k), ("v", "block", v), ("out", "batch", out)):
-        strides = zip((outermost, "seq", "head"), tensor.stride(), strict=False)
-        values |= {f"{name}_stride_{mode}": stride for mode, stride in strides}
-    return tuple(values[operand.name] for operand in DECODE[len(DECODE_POINTERS) :])
+class PrefillKernelPlan(KernelPlan):
+    pointers, operands = PREFILL_POINTERS, PREFILL
+    zeroed_bytes = 8  # the scheduler's counter of work tiles, and of CTAs that are done
+
+    def __init__(self, request: Request, target: Target) -> None:
+        def map_shape(geometry):
+            return -(-request.seqlen_q // geometry.tile_rows), -(-request.seqlen_k // geometry.tile_n)
+
+        super().__init__(request, target, request.heads_q, map_shape)
+        self.nothing_to_read = request.batch == 0 or request.total_k == 0 or request.seqlen_k == 0
+        self.nothing_to_write = 0 in self.out_shape or request.seqlen_q == 0
+
+    def _check_values(self, cu_seqlens_q, cu_seqlens_k) -> None:
+        if cu_seqlens_q is not None:
+            _check_varlen_values(self.request, cu_seqlens_q, cu_seqlens_k)
+
+    def _scratch(self, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    def _counters(self, address: int) -> tuple[int, ...]:
+        return (address,)
+
+    def _values(self, tensors: tuple[torch.Tensor | None, ...]) -> dict[str, int]:
+        values = {name: getattr(self.request, name) for name in ("seqlen_k", "total_q", "total_k")}
+        for name, tensor in zip("q k v out".split(), tensors, strict=False):
+            values[f"{name}_stride_batch"] = 0 if self.request.problem.varlen else tensor.stride(0)
+        return values
+
+
+class DecodeKernelPlan(KernelPlan):
+    """Nothing here depends on lengths.
+
+    splitting  how the tiles of a call are cut, as `splits.item_cuts` takes it
+    """
+
+    pointers, operands = DECODE_POINTERS, DECODE
+    SHARED_MAX_ALIGN_BYTES = 128  # of shared_max behind arrivals: a cache line of its own
+
+    def __init__(self, request: DecodeRequest, target: Target) -> None:
+        def map_shape(geometry):
+            return -(-request.rows // geometry.tile_rows), -(-request.capacity // geometry.tile_n)
+
+        super().__init__(request, target, request.heads_kv, map_shape)
+        problem = request.problem
+        row_blocks, map_cols = self.map_shape[2:]
+        self.nothing_to_write = 0 in self.out_shape
+        self.nothing_to_read = request.capacity == 0 or request.blocks == 0
+        items = request.batch * request.heads_kv * row_blocks
+        # An item has at most map_cols tiles, and so at most as many parts.
+        self.num_splits = min(request.num_splits, max(map_cols, 1))
+        self.splitting = dict(num_splits=self.num_splits, ctas=target.sms, min_tiles=self.config.min_tiles)
+        self.slot_rows = min(request.rows, self.geometry.tile_rows)
+        self.partial_slots = splits.partial_slots(items, target.sms, self.num_splits)
+        self.partials_shape = (self.partial_slots * self.slot_rows * (problem.head_dim_v + 2),)
+        arrivals_bytes = 4 * items
+        self.shared_max_offset = -(-arrivals_bytes // self.SHARED_MAX_ALIGN_BYTES) * self.SHARED_MAX_ALIGN_BYTES
+        self.zeroed_bytes = arrivals_bytes
+        if problem.share_max:
+            self.zeroed_bytes = self.shared_max_offset + 4 * items * self.slot_rows
+
+    def _check_values(self, seqused_k, page_table) -> None:
+        inputs.check_decode_values(self.request, seqused_k, page_table)
+
+    def _scratch(self, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (q.new_empty(self.partials_shape, dtype=torch.float32),)
+
+    def _counters(self, address: int) -> tuple[int, ...]:
+        """arrivals, shared_max"""
+        return address, address + self.shared_max_offset if self.request.problem.share_max else 0
+
+    def _values(self, tensors: tuple[torch.Tensor | None, ...]) -> dict[str, int]:
+        q, k, v, out = tensors[:4]
+        page_table = tensors[7]
+        return {
+            "capacity": self.request.capacity,
+            "blocks": self.request.blocks,
+            "page_table_stride": 0 if page_table is None else page_table.stride(0),
+            "partial_slots": self.partial_slots,
+            "slot_rows": self.slot_rows,
+            "num_splits": self.num_splits,
+            "ctas": self.target.sms,
+            "q_stride_batch": q.stride(0),
+            "k_stride_block": k.stride(0),
+            "v_stride_block": v.stride(0),
+            "out_stride_batch": out.stride(0),
+        }
 
 
 # ---- Where it runs -----------------------------------------------------------------------------------------------
