@@ -1,9 +1,14 @@
-"""The public functions: `attention`, `attention_varlen` and `decode`."""
+"""The public functions: `attention`, `attention_varlen` and `decode`.
+
+Each call is an NVTX range of its name in the domain "cute_sparse", for Nsight Systems. Without a tool that listens,
+nvtx leaves the functions as they are.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import nvtx
 import torch
 
 from cute_sparse import dispatch
@@ -37,6 +42,7 @@ class AttentionOutput(NamedTuple):
     stats: Stats | DecodeStats | None
 
 
+@nvtx.annotate("attention", domain="cute_sparse")
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -84,6 +90,7 @@ def attention(
     return _answer(result, plan.geometry, return_lse, return_stats)
 
 
+@nvtx.annotate("attention_varlen", domain="cute_sparse")
 def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -144,6 +151,7 @@ class DecodeStats(NamedTuple):
         return (visited - kept) * self.v_tile_bytes
 
 
+@nvtx.annotate("decode", domain="cute_sparse")
 def decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,

@@ -9,6 +9,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+import nvtx
+
 from cute_sparse import cache
 from cute_sparse.launch import Launcher
 from cute_sparse.operands import Operand
@@ -76,6 +78,7 @@ def _compiler_variables() -> list[tuple[str, str]]:
     )
 
 
+@nvtx.annotate("compile", domain="cute_sparse")
 def compile_now(problem: Problem, config: object, arch: str, compile: Callable):
     """What `compile(problem, config)` returns, compiled for `arch` whatever device this machine has, if any."""
     with _compiling_for(arch):
