@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -362,10 +363,9 @@ class DecodeKernelPlan(KernelPlan):
 class GpuTarget:
     """One CUDA device; launches go to PyTorch's current stream of it."""
 
-    emulated = False
-
     def __init__(self, index: int, arch: str) -> None:
         self.index, self.arch = index, arch
+        self.emulated = _emulator_plays_cuda()
         self.sms = torch.cuda.get_device_properties(index).multi_processor_count
         self._memory = ZeroedMemory(torch.device("cuda", index))
 
@@ -468,6 +468,13 @@ def _gpu_target(index: int) -> GpuTarget:
             f"{capability[1]}; there are kernels for {_capabilities()}"
         )
     return GpuTarget(index, ARCH_OF_CAPABILITY[capability])
+
+
+def _emulator_plays_cuda() -> bool:
+    """Whether torch's "cuda" device is the emulated one: python -m cute_sparse.emulator script.py."""
+    emulator = sys.modules.get("cute_sparse.emulator")
+    device = emulator.entered() if emulator is not None else None
+    return device is not None and device.torch_cuda
 
 
 def _capabilities() -> str:

@@ -297,15 +297,28 @@ def cute_sparse_reference(q):
 """
 
 
+SCRIPT = """
+import torch, cute_sparse
+from cute_sparse import compiled
+def none(*given):
+    raise AssertionError("compiled again")
+compiled.compile_now = none
+q = torch.randn(1, 70, 2, 64, dtype=torch.bfloat16, device="cuda")
+print(cute_sparse.attention(q, q, q, causal=True, threshold=0.1).device)
+"""
+
+
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_an_emulated_kernel_comes_from_disk_in_the_next_process(folder, arch):
-    """Its PTX travels with it: the emulator runs that."""
+def test_an_emulated_kernel_comes_from_disk_in_the_next_process(folder, arch, tmp_path):
+    """Its PTX travels with it: the emulator runs that, also for a script whose "cuda" device it is."""
     pytest.importorskip("cutlass")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    here, there = ["-c", REFERENCE + EMULATED, arch], ["-m", "cute_sparse.emulator", "--arch", arch, script]
     outputs = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", REFERENCE + EMULATED, arch], capture_output=True, text=True, timeout=500
-        )
+    for command in (here, here, there):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout.split())
-    assert outputs == [["1", "1", "True"], ["0", "1", "True"]]
+    assert outputs[:2] == [["1", "1", "True"], ["0", "1", "True"]]
+    assert outputs[2][-1] == "cuda:0"
