@@ -1,4 +1,4 @@
-"""Attention timed beside its peers: python -m profiling.bench prefill [--case NAME] [--peers cudnn,flash,fa4,flex]
+"""Attention timed beside its peers: python -m profiling.bench prefill [--case NAMES] [--peers cudnn,flash,fa4,flex]
 [--sparsity 0,0.5,0.75,0.9] [--out DIR], or python -m profiling.bench decode [--peers copy,flash,fa4,flashinfer] ..
 
 Protocol
@@ -43,7 +43,7 @@ from cute_sparse.dispatch import ARCH_OF_CAPABILITY
 from cute_sparse.reference import KEPT
 from cute_sparse.workloads import structured_qkv
 from profiling import decode, rows, timing
-from profiling.peers import PEERS, Call, KeptTiles, Missing, Shape, in_flex_blocks
+from profiling.peers import PEERS, Call, KeptTiles, Missing, Shape, forget_compiled, in_flex_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "cute_sparse"
@@ -500,7 +500,8 @@ def list_of_sparsities(text: str) -> tuple[float, ...]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m profiling.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("op", choices=tuple(BENCHES))
-    parser.add_argument("--case", help="one case by name; default: the tables, or with --sparsity the long ones")
+    parser.add_argument("--case", type=list_of_names,
+                        help="cases by name; default: the tables, or with --sparsity the long ones")  # fmt: skip
     known = "; ".join(f"{op}: {','.join(names)}" for op, names in PEERS_OF.items())
     parser.add_argument("--peers", type=list_of_names, help=f"'' for none; default: all ({known})")
     parser.add_argument("--sparsity", type=list_of_sparsities, help="shares of tiles to skip, on structured input")
@@ -511,15 +512,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.peers if name not in peers]
     if unknown:
         parser.error(f"unknown peer {', '.join(unknown)}; there are {', '.join(peers)}")
-    if options.case is not None and options.case not in cases:
-        parser.error(f"unknown case {options.case!r}; there are {', '.join(cases)}")
+    unknown = [name for name in options.case or () if name not in cases]
+    if unknown or options.case == ():
+        parser.error(f"unknown case {', '.join(unknown)!r}; there are {', '.join(cases)}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.case is not None:
-        cases = {options.case: CASES_OF[options.op][options.case]}
+        cases = {name: CASES_OF[options.op][name] for name in options.case}
     else:
         cases = (LONG_OF if options.sparsity is not None else TABLES_OF)[options.op]
     try:
@@ -535,6 +537,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, shape in jobs:
         show(name)
         bench.run(name, shape, options.sparsity)
+        forget_compiled()
         torch.cuda.empty_cache()
     for line in bench.missing:
         print(f"missing: {line}")

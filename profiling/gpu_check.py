@@ -2,25 +2,27 @@
 [--only TEXT] [--again TEXT] [--dry-run]
 
 Steps, each a process of its own with a time limit, its output in DIR/log.txt; one that fails does not stop the next:
-  1. the tests marked gpu: every kernel case against the oracle
-  2. the emulator against silicon
-  3. compute-sanitizer on one case of every head dim, dense and skipping
-  4. what a call costs the host
-  5. the benchmark's cases of most worth beside the peers, one a step, first of prefill, then of decode
-  6. sparsity: decode, and prefill at 64K
-  7. the rest of the benchmark's tables
-  8. Nsight Compute on one dense and one skipping case, and in-kernel event tracing of one
+  1. the benchmark's kernels are compiled, by all cores
+  2. the headlines: prefill and decode beside the peers, prefill at 64K with tiles skipped; every result is checked
+     against float32 before it is timed
+  3. the tests marked gpu: every kernel case against the oracle; then the emulator against silicon
+  4. decode with tiles skipped, then the rest of prefill's tables and decode cases of most worth, a few a step
+  5. compute-sanitizer on one case of every head dim, dense and skipping
+  6. what a call costs the host
+  7. Nsight Compute on one dense and one skipping case
+  8. FlexAttention with the block mask of the tiles kept, in-kernel event tracing of one case, the rest of decode
 A call takes at most --budget seconds (9 minutes), and the next one goes on: DIR/state.json says which steps have ended
 with these sources. A step that has not ended in its limit, or that the budget cut off, is tried again; one that failed
 is not, unless named with --again. Steps of which the rest of the budget holds less than half the limit wait for the
-next call. Nothing is installed. DIR (profiling/results/<gpu> by default) holds at most 8 files of less than 16 MiB:
-state.json, log.txt, host.jsonl, prefill.jsonl, decode.jsonl and the profiler's. A DIR without a state begins as a copy
-of the default folder.
+next call. At the end the tables of what was measured are printed. Nothing is installed. DIR (profiling/results/<gpu> by
+default) holds at most 8 files of less than 16 MiB: state.json, log.txt, host.jsonl, prefill.jsonl, decode.jsonl and the
+profiler's. A DIR without a state begins as a copy of the default folder.
 
 Exit status: 0 when every step has ended and passed; 1 when one has failed; 3 when steps are left; 2 for no GPU.
 --dry-run prints the steps, what each needs and whether it is here, and runs none.
 
-The steps' commands have not run on a GPU yet; their order, limits, states and files are tested without one.
+The steps' commands have not run on a GPU yet; their order, limits, states and files are tested without one, and the
+benchmark's and the tests' code has run on an emulated one.
 """
 
 from __future__ import annotations
@@ -35,11 +37,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from profiling import bench, decode, rows
+from cute_sparse import cache
+from profiling import bench, decode, report, rows
 
 ROOT = bench.ROOT
 BUDGET_S = 540.0
@@ -47,16 +50,25 @@ FILES_MAX, FILE_BYTES_MAX = 8, 16 << 20
 LOG_BYTES_MAX = 15 << 20
 STATE, LOG = "state.json", "log.txt"
 PASSED, FAILED, TIMED_OUT, UNAVAILABLE = "passed", "failed", "timed out", "unavailable"
+HEADLINES = {
+    "prefill": ("d128-8k-causal", "d128-8k-full"),
+    "decode": ("b128-16k-32q8kv-pages", "b32-4k-32q8kv-pages", "b8-32k-32q8kv"),
+}
 BENCH_CASES_BY_WORTH = (
-    "d128-8k-causal", "d128-8k-full", "d128-16k-causal", "d128-4k-causal", "d256-16k-causal", "d192-128-8k-causal",
+    "d128-16k-causal", "d128-4k-causal", "d256-16k-causal", "d192-128-8k-causal", "d128-32k-causal", "d128-2k-causal",
     "dit-17k-full", "d64-8k-window128",
 )  # fmt: skip
 DECODE_CASES_BY_WORTH = (
-    "b128-16k-32q8kv-pages", "b1-128k-32q8kv-pages", "b32-4k-32q8kv-pages", "one-256k-127-1k-32q8kv-pages",
-    "b8-32k-64q4kv-pages", "b1-512k-64q4kv", "b8-4k-32q8kv", "b1-4k-32q8kv-pages",
+    "b1-128k-32q8kv-pages", "one-256k-127-1k-32q8kv-pages", "b8-32k-64q4kv-pages", "b1-512k-64q4kv", "b8-4k-32q8kv",
+    "b1-4k-32q8kv-pages",
 )  # fmt: skip
+CASES_AT_ONCE = {"prefill": 4, "decode": 6}  # of one step: starting a process takes longer than most cases
+TABLE_PEERS = {"prefill": "cudnn,flash,fa4", "decode": "copy,flash,fa4,flashinfer"}  # FlexAttention compiles for long
 SPARSITIES = "0,0.25,0.5,0.75,0.9"
 DECODE_SPARSITIES = "0,0.5,0.73,0.9"
+GPU_TESTS = ("tests/test_attention.py", "tests/test_decode.py")
+SILICON_TESTS = ("tests/emulator/test_silicon.py",)
+TEST_PROCESSES = 8
 
 
 @dataclass(frozen=True)
@@ -72,48 +84,62 @@ class Step:
 
 def steps(python: str = sys.executable) -> list[Step]:
     """In the order of their worth."""
-    tests = (python, "-m", "pytest", "-v", "--tb=short", "-m", "gpu")
-    found = [
-        Step("tests", (*tests, "tests", "--ignore=tests/emulator"), 420.0),
-        Step("tests-silicon", (*tests, "tests/emulator/test_silicon.py"), 300.0),
+    first_tables = table_steps(python, "prefill", 1, [*BENCH_CASES_BY_WORTH, *bench.TABLES])
+    first_tables.insert(1, *table_steps(python, "decode", 1, DECODE_CASES_BY_WORTH))
+    rest = [name for name in decode.TABLES if name not in DECODE_CASES_BY_WORTH]
+    return [
+        Step("warm", (python, "-m", "profiling.warm"), 150.0),
+        bench_step(python, "headline-prefill", "prefill", HEADLINES["prefill"], 120.0),
+        bench_step(python, "headline-decode", "decode", HEADLINES["decode"], 100.0),
+        bench_step(python, "sparsity-prefill", "prefill", bench.LONG, 150.0,
+                   "--sparsity", SPARSITIES, "--peers", "cudnn,fa4"),
+        tests(python, "tests", GPU_TESTS, 240.0),
+        tests(python, "tests-silicon", SILICON_TESTS, 200.0),
+        bench_step(python, "sparsity-decode", "decode", decode.LONG, 150.0, "--sparsity", DECODE_SPARSITIES),
+        *first_tables,
+        sanitizer(python, "prefill", bench.SMALL),
+        sanitizer(python, "decode", decode.SMALL),
+        Step("host", (python, "-m", "profiling.host", "--out", "{out}"), 150.0),
+        profile(python, "d128-8k-causal", "dense"),
+        profile(python, "d128-8k-causal", "sparsity", "--sparsity", "0.75"),
+        bench_step(python, "sparsity-flex", "prefill", bench.LONG, 200.0, "--sparsity", SPARSITIES, "--peers", "flex"),
+        trace(python, "small-d128"),
+        *table_steps(python, "decode", 2, rest),
+    ]  # fmt: skip
+
+
+def table_steps(python: str, op: str, number: int, names: Iterable[str]) -> list[Step]:
+    """Of those cases that are no headline, CASES_AT_ONCE in each; numbered from `number`."""
+    names = [name for name in dict.fromkeys(names) if name not in HEADLINES[op]]
+    size = CASES_AT_ONCE[op]
+    parts = [names[first : first + size] for first in range(0, len(names), size)]
+    return [
+        bench_step(python, f"{op}-{index}", op, part, 150.0, "--peers", TABLE_PEERS[op])
+        for index, part in enumerate(parts, number)
     ]
-    found += [sanitizer(python, "prefill", case) for case in bench.SMALL]
-    found += [sanitizer(python, "decode", case) for case in decode.SMALL]
-    found.append(Step("host", (python, "-m", "profiling.host", "--out", "{out}"), 120.0))
-    found += [bench_step(python, "prefill", case) for case in BENCH_CASES_BY_WORTH]
-    found += [bench_step(python, "decode", case) for case in DECODE_CASES_BY_WORTH]
-    found += [
-        Step(f"bench-{case}-sparsity", (*bench_command(python, op, case), "--sparsity", sparsities), 270.0)
-        for op, cases, sparsities in (
-            ("decode", decode.LONG, DECODE_SPARSITIES), ("prefill", bench.LONG, SPARSITIES),
-        )
-        for case in cases
-    ]
-    found += [bench_step(python, "prefill", case) for case in bench.TABLES if case not in BENCH_CASES_BY_WORTH]
-    found += [bench_step(python, "decode", case) for case in decode.TABLES if case not in DECODE_CASES_BY_WORTH]
-    found.append(profile(python, "d128-8k-causal", "dense"))
-    found.append(profile(python, "d128-8k-causal", "sparsity", "--sparsity", "0.75"))
-    found.append(trace(python, "small-d128"))
-    return found
 
 
-def bench_step(python: str, op: str, case: str) -> Step:
-    return Step(f"bench-{case}", bench_command(python, op, case), 150.0)
+def tests(python: str, name: str, files: tuple[str, ...], limit_s: float) -> Step:
+    """In several processes where pytest-xdist is there: an error of one that the GPU keeps spares the others."""
+    several = ("-n", str(TEST_PROCESSES)) if importlib.util.find_spec("xdist") else ()
+    command = (python, "-m", "pytest", "-v", "--tb=short", *several, "-m", "gpu", *files)
+    return Step(name, command, limit_s, environment=(("OMP_NUM_THREADS", "2"),))
 
 
-def bench_command(python: str, op: str, case: str) -> tuple[str, ...]:
-    return (python, "-m", "profiling.bench", op, "--case", case, "--out", "{out}")
+def bench_step(python: str, name: str, op: str, cases: Iterable[str], limit_s: float, *more: str) -> Step:
+    return Step(f"bench-{name}", bench_command(python, op, cases, "{out}", *more), limit_s)
 
 
-def sanitizer(python: str, op: str, case: str) -> Step:
+def bench_command(python: str, op: str, cases: Iterable[str], out: str, *more: str) -> tuple[str, ...]:
+    return (python, "-m", "profiling.bench", op, "--case", ",".join(cases), *more, "--out", out)
+
+
+def sanitizer(python: str, op: str, cases: Iterable[str]) -> Step:
     """PyTorch's allocator would hide what lies beyond a tensor: without its cache, each is an allocation of its own."""
-    command = (
-        "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
-        python, "-m", "profiling.bench", op, "--case", case, "--peers", "", "--sparsity", "0.25",
-        "--out", "{scratch}",
-    )  # fmt: skip
+    tool = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+    command = bench_command(python, op, cases, "{scratch}", "--peers", "", "--sparsity", "0.25")
     environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), (bench.timing.PROFILED_VARIABLE, "1"))
-    return Step(f"memcheck-{case}", command, 150.0, "compute-sanitizer", environment)
+    return Step(f"memcheck-{op}", (*tool, *command), 240.0, tool[0], environment)
 
 
 def profile(python: str, case: str, name: str, *more: str) -> Step:
@@ -185,7 +211,7 @@ def run_process(step: Step, limit_s: float, folder: Path) -> int | None:
         command = [part.replace("{out}", str(folder)).replace("{scratch}", scratch) for part in step.command]
         log.write(f"\n==== {step.name}: {shlex.join(command)}\n".encode())
         log.flush()
-        environment = os.environ | dict(step.environment) | {"PYTHONUNBUFFERED": "1"}
+        environment = os.environ | kernel_cache() | dict(step.environment) | {"PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -195,6 +221,12 @@ def run_process(step: Step, limit_s: float, folder: Path) -> int | None:
             return None
         finally:
             _end_group(process)
+
+
+def kernel_cache() -> dict[str, str]:
+    """The variable by which all steps share one cache of kernels; the tests' own would begin empty."""
+    folder = cache.directory()
+    return {} if folder is None else {"CUTE_SPARSE_CACHE_DIR": str(folder.parent)}
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -225,8 +257,22 @@ def check(
         seconds = clock() - started
         status = TIMED_OUT if code is None else PASSED if code == 0 else FAILED
         state.set(step, status, seconds)
-        shorten(folder / LOG)
         print(f"{step.name}: {status} after {seconds:.0f} s", flush=True)
+        if status != PASSED:
+            print(last_lines(folder / LOG), flush=True)
+        shorten(folder / LOG)
+
+
+LINES_SHOWN, COLUMNS_SHOWN = 12, 160  # of a step that did not pass: who runs this may see but the end of its output
+
+
+def last_lines(log: Path) -> str:
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - (1 << 16)))
+        lines = file.read().decode(errors="replace").splitlines()[-LINES_SHOWN:]
+    return "\n".join(f"    {line[:COLUMNS_SHOWN]}" for line in lines)
 
 
 def shorten(log: Path) -> None:
@@ -294,7 +340,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu_check.py: {error}", file=sys.stderr)
         return 2
     check(chosen, state, folder, options.budget, again=options.again)
+    print_tables(folder)
     return summary(chosen, state, folder)
+
+
+def print_tables(folder: Path) -> None:
+    """What the folder's rows say so far; bad rows are told, and no error."""
+    for op in report.OPS:
+        path = folder / f"{op}.jsonl"
+        try:
+            if path.exists() and path.stat().st_size:
+                print(report.tables(report.Measured(rows.read(path), op)))
+        except ValueError as error:
+            print(f"no table of {path.name}: {error}")
 
 
 def summary(all_steps: list[Step], state: State, folder: Path) -> int:

@@ -114,6 +114,13 @@ def _compiled_flex() -> Callable:
     return torch.compile(flex_attention, dynamic=False)
 
 
+def forget_compiled() -> None:
+    """So that each case compiles its own: behind a few recompilations, PyTorch runs FlexAttention uncompiled."""
+    if _compiled_flex.cache_info().currsize:
+        _compiled_flex.cache_clear()
+        torch.compiler.reset()
+
+
 def mask_of(shape: Shape) -> Callable:
     """FlexAttention's mask_mod."""
     if not shape.causal:

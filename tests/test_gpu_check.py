@@ -6,10 +6,11 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from profiling import bench, decode, gpu_check, rows
+from profiling import bench, decode, gpu_check, rows, warm
 from profiling.gpu_check import FAILED, PASSED, TIMED_OUT, UNAVAILABLE, State, Step
 
 
@@ -45,6 +46,13 @@ def test_everything_runs_in_order_and_what_failed_stops_nothing(tmp_path, capsys
     assert [state.status(step) for step in three()] == [PASSED, FAILED, PASSED]
     assert "second: failed after 10 s" in capsys.readouterr().out
     assert gpu_check.summary(three(), state, tmp_path) == 1
+
+
+def test_the_end_of_what_a_failed_step_printed_is_shown(tmp_path, capsys):
+    step = Step("loud", ("sh", "-c", "seq 1000 1100; exit 4"), 60.0)
+    gpu_check.check([step], State(tmp_path, "s"), tmp_path, 540.0)
+    out = capsys.readouterr().out
+    assert "loud: failed" in out and "    1100" in out and "    1089" in out and "1088" not in out
 
 
 def test_the_next_call_goes_on_where_the_budget_ended(tmp_path):
@@ -173,20 +181,29 @@ def test_a_log_that_grows_keeps_its_end(tmp_path, monkeypatch):
 # ---- The steps and the command -------------------------------------------------------------------------------------
 
 
+def cases_of(step: Step) -> list[str]:
+    """Of a step that benchmarks."""
+    command = list(step.command)
+    return command[command.index("--case") + 1].split(",") if "--case" in command else []
+
+
 def test_the_steps_are_ordered_by_worth_and_cover_every_table():
-    names = [step.name for step in gpu_check.steps("python3")]
+    steps = gpu_check.steps("python3")
+    names = [step.name for step in steps]
     assert len(set(names)) == len(names)
-    assert names[:3] == ["tests", "tests-silicon", "memcheck-small-d64"]
-    assert {f"bench-{case}" for case in (*bench.TABLES, *decode.TABLES)} <= set(names)
-    assert {f"memcheck-{case}" for case in (*bench.SMALL, *decode.SMALL)} <= set(names)
-    kinds = [name.split("-")[0] for name in names]
-    assert sorted(set(kinds), key=kinds.index) == ["tests", "memcheck", "host", "bench", "ncu", "iket"]
-    worth = (*gpu_check.BENCH_CASES_BY_WORTH, *gpu_check.DECODE_CASES_BY_WORTH)
-    sparse = [names.index(f"bench-{case}-sparsity") for case in (*decode.LONG, *bench.LONG)]
-    assert max(names.index(f"bench-{case}") for case in worth) < min(sparse)
-    rest = [case for case in (*bench.TABLES, *decode.TABLES) if case not in worth]
-    assert max(sparse) < min(names.index(f"bench-{case}") for case in rest)
-    for step in gpu_check.steps("python3"):
+    assert names[:6] == [
+        "warm", "bench-headline-prefill", "bench-headline-decode", "bench-sparsity-prefill", "tests", "tests-silicon",
+    ]  # fmt: skip
+    timed = [case for step in steps if step.name.startswith("bench-") for case in cases_of(step)]
+    dense = [case for step in steps if step.name.startswith("bench-") and "--sparsity" not in step.command
+             for case in cases_of(step)]  # fmt: skip
+    assert sorted(dense) == sorted([*bench.TABLES, *decode.TABLES])
+    assert {*bench.LONG, *decode.LONG} <= set(timed)
+    checked = [case for step in steps if step.name.startswith("memcheck") for case in cases_of(step)]
+    assert sorted(checked) == sorted([*bench.SMALL, *decode.SMALL])
+    first = [dense.index(case) for case in (*gpu_check.BENCH_CASES_BY_WORTH, *gpu_check.DECODE_CASES_BY_WORTH)]
+    assert max(first) < len(first) + sum(map(len, gpu_check.HEADLINES.values()))
+    for step in steps:
         assert step.limit_s <= gpu_check.BUDGET_S
 
 
@@ -194,6 +211,37 @@ def test_the_benchmarks_steps_are_requests_that_the_benchmark_takes():
     for step in gpu_check.steps("python3"):
         if "profiling.bench" in step.command:
             bench.parse(list(step.command[step.command.index("profiling.bench") + 1 :]))
+
+
+def test_every_file_with_tests_for_a_gpu_is_in_a_step():
+    """By their text: collecting all tests takes long."""
+    root = bench.ROOT / "tests"
+    marked = {
+        str(path.relative_to(bench.ROOT)) for path in root.rglob("test_*.py")
+        if path.name != "test_gpu_check.py" and ("mark.gpu" in path.read_text() or "(runner" in path.read_text())
+    }  # fmt: skip
+    assert marked == {*gpu_check.GPU_TESTS, *gpu_check.SILICON_TESTS}
+
+
+def test_the_kernels_of_every_timed_case_are_compiled_ahead():
+    found = warm.calls()
+    assert all(found.count(call) == 1 for call in found)
+    shapes = bench.CASES | decode.CASES
+    for step in gpu_check.steps("python3"):
+        for name in cases_of(step):
+            of_case = [call for call in found if call["head_dim"] == shapes[name].head_dim
+                       and call["kind"] == ("prefill" if name in bench.CASES else "decode")]  # fmt: skip
+            assert any(not call.get("threshold") for call in of_case)
+            if "--sparsity" in step.command:
+                assert {call.get("return_stats", False) for call in of_case if call.get("threshold")} == {False, True}
+
+
+def test_what_does_not_compile_is_named_and_the_rest_is_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(warm, "ProcessPoolExecutor", lambda processes, context: ThreadPoolExecutor(processes))
+    monkeypatch.setattr(warm, "compile_one", lambda arch, call: 1 / call["head_dim"])
+    failures = warm.warm("sm_90a", [{"head_dim": 0}, {"head_dim": 8}], 3)
+    assert failures == ["head_dim=0: ZeroDivisionError: division by zero"]
+    assert "head_dim=8" in capsys.readouterr().out
 
 
 def test_the_results_are_at_most_eight_files():
@@ -214,7 +262,7 @@ def test_a_dry_run_prints_the_steps_and_runs_none(capsys, monkeypatch):
 def test_requests_that_cannot_be_run_are_refused(capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as exit_:
         gpu_check.main(["--only", "nothing"])
-    assert exit_.value.code == 2 and "there are tests" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "there are warm, bench-headline" in capsys.readouterr().err
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu_check.main(["--out", str(tmp_path)]) == 2
     assert "no CUDA device" in capsys.readouterr().err

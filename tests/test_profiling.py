@@ -123,6 +123,14 @@ def test_the_state_is_empty_where_nothing_can_be_asked(monkeypatch):
     assert timing._state_of_smi() == {} and timing.smi("driver_version") == []
 
 
+def test_the_state_is_read_before_the_calls_and_while_they_run(monkeypatch):
+    events = []
+    monkeypatch.setattr(timing, "gpu_state", lambda: events.append("state") or {"power": float(len(events))})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
+    assert timing.state_under_load(lambda: events.append("call"), timing.LOAD_MS / 3) == {"power": 5.0}
+    assert events == ["state", "call", "call", "call", "state", "synchronize"]
+
+
 def test_what_nvidia_smi_does_not_know_is_absent(monkeypatch):
     monkeypatch.setattr(timing, "smi", lambda query: ["1980", "3201", "[N/A]", "44"])
     assert timing._state_of_smi() == {"sm_clock": 1980.0, "memory_clock": 3201.0, "temperature": 44.0}
@@ -411,6 +419,8 @@ def test_a_backend_that_pytorch_does_not_have_here_is_missing_rather_than_failed
         (["decode", "--case", "d128-2k-causal"], "unknown case 'd128-2k-causal'; there are b1-4k-32q8kv"),
         (["decode", "--peers", "cudnn"], "unknown peer cudnn; there are copy, flash, fa4, flashinfer"),
         (["prefill", "--case", "none"], "unknown case 'none'; there are d128-2k-causal"),
+        (["prefill", "--case", "d128-2k-causal,x,y"], "unknown case 'x, y'; there are"),
+        (["prefill", "--case", ""], "unknown case ''; there are"),
         (["prefill", "--peers", "cudnn,xformers"], "unknown peer xformers; there are cudnn, flash, fa4, flex"),
         (["prefill", "--sparsity", "0,x"], "not a list of numbers"),
         (["prefill", "--sparsity", "1"], "in [0, 1)"),
@@ -421,6 +431,28 @@ def test_requests_that_make_no_sense_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         bench.main(arguments)
     assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_several_cases_run_in_their_order_and_what_was_compiled_for_one_is_forgotten(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(bench, "gpu_name", lambda: "Some GPU")
+    monkeypatch.setattr(timing, "EventTimer", GivenTimer)
+    monkeypatch.setattr(bench.Bench, "run", lambda self, name, shape, sparsities: events.append(name))
+    monkeypatch.setattr(bench, "forget_compiled", lambda: events.append("forgotten"))
+    assert bench.main(["prefill", "--case", "small-d64,d128-2k-causal", "--out", str(tmp_path)]) == 0
+    assert events == ["small-d64", "forgotten", "d128-2k-causal", "forgotten"]
+
+
+def test_flex_attention_compiles_anew_only_where_it_was_compiled(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    peers.forget_compiled()
+    assert resets == []
+    peers._compiled_flex()
+    peers.forget_compiled()
+    peers.forget_compiled()
+    assert resets == [1]
 
 
 def test_without_a_gpu_the_bench_says_so(monkeypatch, capsys, tmp_path):
