@@ -11,7 +11,7 @@ from typing import NamedTuple
 import nvtx
 import torch
 
-from cute_sparse import dispatch
+from cute_sparse import dispatch, operators
 from cute_sparse.problem import TileGeometry
 
 
@@ -42,7 +42,6 @@ class AttentionOutput(NamedTuple):
     stats: Stats | DecodeStats | None
 
 
-@nvtx.annotate("attention", domain="cute_sparse")
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -81,16 +80,21 @@ def attention(
     Raises TypeError or ValueError for malformed input, NotImplementedError for what is not supported, with what is,
     and RuntimeError for a device that no kernel runs on.
     """
-    plan = dispatch.plan_attention(
-        q, k, v,
+    options = dict(
         softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, threshold=threshold,
         out=out, return_lse=return_lse, return_stats=return_stats,
     )  # fmt: skip
-    result = plan.run(q, k, v, out, threshold, None, None)
-    return _answer(result, plan.geometry, return_lse, return_stats)
+    if torch.compiler.is_compiling():
+        return operators.traced("attention", q, k, v, options)
+    return _attention(q, k, v, options)
 
 
-@nvtx.annotate("attention_varlen", domain="cute_sparse")
+@nvtx.annotate("attention", domain="cute_sparse")
+def _attention(q, k, v, options: dict) -> torch.Tensor | AttentionOutput:
+    plan = dispatch.plan_attention(q, k, v, options)
+    return _answer(plan.run(q, k, v, options["out"], options["threshold"], None, None), plan.geometry, options)
+
+
 def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -119,14 +123,21 @@ def attention_varlen(
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise TypeError("attention_varlen needs cu_seqlens_q and cu_seqlens_k; attention takes unpacked tensors")
-    plan = dispatch.plan_attention(
-        q, k, v,
+    options = dict(
         softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, threshold=threshold,
         out=out, return_lse=return_lse, return_stats=return_stats, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
-    result = plan.run(q, k, v, out, threshold, cu_seqlens_q, cu_seqlens_k)
-    return _answer(result, plan.geometry, return_lse, return_stats)
+    if torch.compiler.is_compiling():
+        return operators.traced("attention_varlen", q, k, v, options)
+    return _attention_varlen(q, k, v, options)
+
+
+@nvtx.annotate("attention_varlen", domain="cute_sparse")
+def _attention_varlen(q, k, v, options: dict) -> torch.Tensor | AttentionOutput:
+    plan = dispatch.plan_attention(q, k, v, options)
+    sequences = options["cu_seqlens_q"], options["cu_seqlens_k"]
+    return _answer(plan.run(q, k, v, options["out"], options["threshold"], *sequences), plan.geometry, options)
 
 
 class DecodeStats(NamedTuple):
@@ -151,7 +162,6 @@ class DecodeStats(NamedTuple):
         return (visited - kept) * self.v_tile_bytes
 
 
-@nvtx.annotate("decode", domain="cute_sparse")
 def decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -195,24 +205,30 @@ def decode(
     checked, because that would wait for the device: a length counts as at least 0 and at most the capacity, and a page
     that does not exist reads as zeros. On a CPU they are a ValueError.
     """
-    plan = dispatch.plan_decode(
-        q, k_cache, v_cache,
+    options = dict(
         seqused_k=seqused_k, page_table=page_table, softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, softcap=softcap, threshold=threshold, num_splits=num_splits, share_max=share_max,
         out=out, return_lse=return_lse, return_stats=return_stats,
     )  # fmt: skip
-    out, lse, tile_counts, skip_map = plan.run(q, k_cache, v_cache, out, threshold, seqused_k, page_table)
-    if not (return_lse or return_stats):
-        return out
-    stats = None
-    if return_stats:
-        v_tile_bytes = plan.geometry.tile_n * v_cache.shape[-1] * v_cache.element_size()
-        stats = DecodeStats(tile_counts, skip_map, plan.geometry, v_tile_bytes)
-    return AttentionOutput(out, lse, stats)
+    if torch.compiler.is_compiling():
+        return operators.traced("decode", q, k_cache, v_cache, options)
+    return _decode(q, k_cache, v_cache, options)
 
 
-def _answer(result: tuple, geometry: TileGeometry, return_lse: bool, return_stats: bool):
+@nvtx.annotate("decode", domain="cute_sparse")
+def _decode(q, k_cache, v_cache, options: dict) -> torch.Tensor | AttentionOutput:
+    plan = dispatch.plan_decode(q, k_cache, v_cache, options)
+    sequences = options["seqused_k"], options["page_table"]
+    result = plan.run(q, k_cache, v_cache, options["out"], options["threshold"], *sequences)
+    return _answer(result, plan.geometry, options, v_cache)
+
+
+def _answer(result: dispatch.Result, geometry: TileGeometry, options: dict, v_cache: torch.Tensor | None = None):
+    """What the caller gets; v_cache of a decode call."""
     out, lse, tile_counts, skip_map = result
-    if not (return_lse or return_stats):
-        return out
-    return AttentionOutput(out, lse, Stats(tile_counts, skip_map, geometry) if return_stats else None)
+    if not options["return_stats"]:
+        return AttentionOutput(out, lse, None) if options["return_lse"] else out
+    stats = Stats(tile_counts, skip_map, geometry)
+    if v_cache is not None:
+        stats = DecodeStats(*stats, geometry.tile_n * v_cache.shape[-1] * v_cache.element_size())
+    return AttentionOutput(out, lse, stats)

@@ -61,13 +61,15 @@ class Result(NamedTuple):
 _plans: dict[tuple, object] = {}
 
 
-def plan_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> ReferencePlan | PrefillKernelPlan:
+def plan_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict
+) -> ReferencePlan | PrefillKernelPlan:
     """The plan for a prefill call; `options` are those of `inputs.check_attention`. Raises what that raises."""
     return _planned("prefill", inputs.check_attention, _make_plan, q, k, v, options)
 
 
 def plan_decode(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **options
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: dict
 ) -> DecodeReferencePlan | DecodeKernelPlan:
     """The plan for a decode call; `options` are those of `inputs.check_decode`. Raises what that raises."""
     return _planned("decode", inputs.check_decode, _make_decode_plan, q, k_cache, v_cache, options)

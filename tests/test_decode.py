@@ -33,7 +33,7 @@ def call(case: DecodeCase, inputs: DecodeInputs, **more):
 def splitting_of(case: DecodeCase, inputs: DecodeInputs) -> dict:
     """How the device that is entered cuts this call."""
     more = dict(out=None, return_lse=True, return_stats=True)
-    plan = dispatch.plan_decode(inputs.q, inputs.k_cache, inputs.v_cache, **arguments(case, inputs), **more)
+    plan = dispatch.plan_decode(inputs.q, inputs.k_cache, inputs.v_cache, arguments(case, inputs) | more)
     return plan.splitting
 
 

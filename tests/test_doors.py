@@ -14,8 +14,10 @@ DSL = "cutlass"
 
 # Room -> the rooms of this project it may import, besides itself. A file of cute_sparse/ is a room of its own.
 DOORS = {
-    "cute_sparse": set(),
-    "cute_sparse.api": {"cute_sparse.dispatch", "cute_sparse.problem"},
+    "cute_sparse": {"cute_sparse.api", "cute_sparse.dispatch", "cute_sparse.problem", "cute_sparse.threshold"},
+    "cute_sparse.api": {"cute_sparse.dispatch", "cute_sparse.operators", "cute_sparse.problem"},
+    "cute_sparse.operators": {"cute_sparse", "cute_sparse.untraced"},
+    "cute_sparse.untraced": {"cute_sparse"},
     "cute_sparse.dispatch": {
         "cute_sparse.compiled",
         "cute_sparse.inputs",
@@ -136,14 +138,13 @@ def run(code: str, *flags: str) -> str:
     return done.stdout
 
 
-def test_importing_the_package_loads_neither_the_dsl_nor_torch():
-    loaded = run("import sys, cute_sparse; print(*sorted(m.split('.')[0] for m in sys.modules))").split()
-    assert "cutlass" not in loaded and "torch" not in loaded and "numpy" not in loaded
-
-
-def test_importing_the_package_takes_well_under_a_second():
-    seconds = run("import time; t = time.perf_counter(); import cute_sparse; print(time.perf_counter() - t)")
-    assert float(seconds) < 0.2
+def test_importing_the_package_loads_nothing_that_only_a_call_needs():
+    """Neither the DSL nor what compiles and traces: each takes seconds."""
+    code = "import sys, torch; before = {*sys.modules}; import cute_sparse; print(*{*sys.modules} - before)"
+    loaded = run(code).split()
+    assert "cute_sparse.api" in loaded
+    heavy = "cutlass torch._dynamo torch._inductor transformers cute_sparse.emulator cute_sparse.kernels"
+    assert not [name for name in loaded if name.startswith(tuple(heavy.split()))]
 
 
 def test_the_reference_runs_without_the_dsl_installed():

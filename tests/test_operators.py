@@ -1,0 +1,143 @@
+"""Calls that torch.compile or torch.export traced: one operator in the graph, the results of the eager call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cute_sparse
+
+BACKEND = "aot_eager"  # traces, makes mutation functional, and generates no code
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled():
+    yield
+    torch.compiler.reset()
+
+
+def qkv(seqlen_q=20, seqlen_k=30):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, seqlen_q, 4, 16, generator=generator).bfloat16()
+    k, v = (torch.randn(2, seqlen_k, 2, 16, generator=generator).bfloat16() for _ in "kv")
+    return q, k, v
+
+
+def attend(q, k, v, threshold):
+    out, lse, stats = cute_sparse.attention(q * 2, k, v, causal=True, threshold=threshold, return_lse=True)
+    assert stats is None
+    return out + 1, lse
+
+
+def attend_packed(q, k, v):
+    lengths = dict(cu_seqlens_q=torch.tensor([0, 15, 40], dtype=torch.int32), max_seqlen_q=25)
+    lengths |= dict(cu_seqlens_k=torch.tensor([0, 20, 60], dtype=torch.int32), max_seqlen_k=40)
+    packed = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    return cute_sparse.attention_varlen(*packed, softcap=3.0, return_lse=True, **lengths)[:2]
+
+
+def attend_with_a_window(q, k, v):
+    return cute_sparse.attention(q, k, v, window_size=(5, None), threshold=0.5, softmax_scale=0.3)
+
+
+def decode(q, k, v):
+    lengths = torch.tensor([25, 30], dtype=torch.int32)
+    return cute_sparse.decode(q[:, :1], k, v, seqused_k=lengths, num_splits=2, threshold=0.1, return_lse=True)[:2]
+
+
+def decode_paged(q, k, v):
+    k_pages, v_pages = (tensor.flatten(0, 1)[:48].reshape(3, 16, 2, 16) for tensor in (k, v))
+    table = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32)
+    lengths = torch.tensor([20, 32], dtype=torch.int32)
+    return cute_sparse.decode(q[:, :2], k_pages, v_pages, seqused_k=lengths, page_table=table, causal=False)
+
+
+def compiled(call, **options):
+    return torch.compile(call, fullgraph=True, backend=BACKEND, **options)
+
+
+@pytest.mark.parametrize("call", (attend_packed, attend_with_a_window, decode, decode_paged))
+def test_a_compiled_call_is_the_eager_call(call):
+    torch.testing.assert_close(compiled(call)(*qkv()), call(*qkv()), rtol=0, atol=0)
+
+
+def test_one_graph_serves_other_lengths_and_thresholds():
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    call = torch.compile(attend, fullgraph=True, backend=note, dynamic=True)
+    for seqlen_q, seqlen_k, threshold in ((20, 30, 0.5), (17, 40, 0.01)):
+        given = (*qkv(seqlen_q, seqlen_k), torch.full((4,), threshold))
+        torch.testing.assert_close(call(*given), attend(*given), rtol=0, atol=0)
+    assert len(graphs) == 1
+
+
+def test_a_given_out_is_written_and_returned():
+    def attend_into(q, k, v, out):
+        return cute_sparse.attention(q, k, v, out=out), out * 2
+
+    out = torch.zeros(2, 20, 4, 16, dtype=torch.bfloat16)
+    result, doubled = compiled(attend_into)(*qkv(), out)
+    expected = cute_sparse.attention(*qkv())
+    for found in (out, result, doubled / 2):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_on_kernels_too():
+    """Traced under the emulator, as on a GPU, the operator runs the kernel."""
+    pytest.importorskip("cutlass")
+    with cute_sparse.emulated("sm_90a") as device:
+        compiled(attend_with_a_window)(*qkv())
+        assert len(device.launches) == 1
+
+
+def test_an_exported_program_keeps_the_operator():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return cute_sparse.attention(q, k, v, causal=True)
+
+    program = torch.export.export(Attention(), qkv())
+    assert "torch.ops.cute_sparse.attention.default" in program.graph_module.code
+    torch.testing.assert_close(program.module()(*qkv()), cute_sparse.attention(*qkv(), causal=True), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("return_lse", (False, True))
+def test_the_operators_keep_their_promises(return_lse):
+    """Schema, mutation and the shapes that tracing assumes, as torch.library checks them."""
+    q, k, v = qkv()
+    common = dict(softmax_scale=None, causal=True, window_size=[-1, -1], softcap=0.0, threshold=None)
+    common |= dict(threshold_number=0.5, return_lse=return_lse)
+    unpacked = dict(cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None)
+    torch.library.opcheck(torch.ops.cute_sparse.attention, (q, k, v, torch.empty_like(q)), common | unpacked)
+    sequences = dict(seqused_k=torch.tensor([25, 30], dtype=torch.int32), page_table=None)
+    sequences |= dict(num_splits=None, share_max=False)
+    step = q[:, :2].contiguous()
+    torch.library.opcheck(torch.ops.cute_sparse.decode, (step, k, v, torch.empty_like(step)), common | sequences)
+
+
+def test_counts_break_the_graph_and_say_why():
+    def counts(q, k, v):
+        return cute_sparse.attention(q, k, v, threshold=0.5, return_stats=True).stats.tile_counts
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="return_stats"):
+        compiled(counts)(*qkv())
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(counts, backend=BACKEND)(*qkv()), counts(*qkv()))
+
+
+def test_training_is_refused_when_traced_too():
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match="backward"):
+        torch.compile(attend_with_a_window, backend=BACKEND)(q.requires_grad_(), k, v)
+    torch.testing.assert_close(
+        torch.no_grad()(compiled(attend_with_a_window))(q, k, v), attend_with_a_window(q.detach(), k, v)
+    )
+
+
+def test_bad_input_is_named_when_the_operator_runs():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="threshold"):
+        compiled(attend)(q, k, v, torch.full((4,), 2.0))
