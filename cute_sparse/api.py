@@ -1,45 +1,11 @@
-"""The public functions: `attention`, `attention_varlen` and `decode`.
-
-Each call is an NVTX range of its name in the domain "cute_sparse", for Nsight Systems. Without a tool that listens,
-nvtx leaves the functions as they are.
-"""
+"""The public functions: `attention`, `attention_varlen` and `decode`."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import nvtx
 import torch
 
-from cute_sparse import dispatch, operators
-from cute_sparse.problem import TileGeometry
-
-
-class Stats(NamedTuple):
-    """What a threshold did.
-
-    tile_counts  int32 (2, batch, heads_q): tiles kept, tiles visited (kept or skipped)
-    skip_map     uint8 (batch, heads_q, ceil(seqlen_q / geometry.tile_rows), ceil(seqlen_k / geometry.tile_n)):
-                 0 not visited (outside the mask), 1 kept, 2 skipped; seqlen is max_seqlen for varlen
-    geometry     which rows decide together over which tiles, in which order
-    """
-
-    tile_counts: torch.Tensor
-    skip_map: torch.Tensor
-    geometry: TileGeometry
-
-
-class AttentionOutput(NamedTuple):
-    """What attention returns where more than the output was asked for; what was not asked for is None.
-
-    out    like q, with v's head dim
-    lse    fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q): natural log of the sum of the kept exponentials
-    stats  `Stats`, or of a decode call `DecodeStats`
-    """
-
-    out: torch.Tensor
-    lse: torch.Tensor | None
-    stats: Stats | DecodeStats | None
+from cute_sparse import calls, operators
+from cute_sparse.calls import AttentionOutput
 
 
 def attention(
@@ -86,13 +52,7 @@ def attention(
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return operators.traced("attention", q, k, v, options)
-    return _attention(q, k, v, options)
-
-
-@nvtx.annotate("attention", domain="cute_sparse")
-def _attention(q, k, v, options: dict) -> torch.Tensor | AttentionOutput:
-    plan = dispatch.plan_attention(q, k, v, options)
-    return _answer(plan.run(q, k, v, options["out"], options["threshold"], None, None), plan.geometry, options)
+    return calls.attention(q, k, v, options)
 
 
 def attention_varlen(
@@ -130,36 +90,7 @@ def attention_varlen(
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return operators.traced("attention_varlen", q, k, v, options)
-    return _attention_varlen(q, k, v, options)
-
-
-@nvtx.annotate("attention_varlen", domain="cute_sparse")
-def _attention_varlen(q, k, v, options: dict) -> torch.Tensor | AttentionOutput:
-    plan = dispatch.plan_attention(q, k, v, options)
-    sequences = options["cu_seqlens_q"], options["cu_seqlens_k"]
-    return _answer(plan.run(q, k, v, options["out"], options["threshold"], *sequences), plan.geometry, options)
-
-
-class DecodeStats(NamedTuple):
-    """What a threshold did in a decode call.
-
-    tile_counts  int32 (2, batch, heads_kv): tiles kept, tiles visited (kept or skipped)
-    skip_map     uint8 (batch, heads_kv, row blocks, ceil(capacity / geometry.tile_n)): 0 not visited, 1 kept, 2 skipped
-    geometry     how many packed rows decide together over which tiles. Row i * group + g of a KV head is query i of the
-                 g-th of its query heads; there are ceil(seqlen_q * group / geometry.tile_rows) row blocks
-    v_tile_bytes bytes of V in a tile
-    """
-
-    tile_counts: torch.Tensor
-    skip_map: torch.Tensor
-    geometry: TileGeometry
-    v_tile_bytes: int
-
-    @property
-    def v_bytes_not_read(self) -> torch.Tensor:
-        """int64 (batch, heads_kv): of the tiles that were skipped."""
-        kept, visited = self.tile_counts.long()
-        return (visited - kept) * self.v_tile_bytes
+    return calls.attention_varlen(q, k, v, options)
 
 
 def decode(
@@ -212,23 +143,4 @@ def decode(
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return operators.traced("decode", q, k_cache, v_cache, options)
-    return _decode(q, k_cache, v_cache, options)
-
-
-@nvtx.annotate("decode", domain="cute_sparse")
-def _decode(q, k_cache, v_cache, options: dict) -> torch.Tensor | AttentionOutput:
-    plan = dispatch.plan_decode(q, k_cache, v_cache, options)
-    sequences = options["seqused_k"], options["page_table"]
-    result = plan.run(q, k_cache, v_cache, options["out"], options["threshold"], *sequences)
-    return _answer(result, plan.geometry, options, v_cache)
-
-
-def _answer(result: dispatch.Result, geometry: TileGeometry, options: dict, v_cache: torch.Tensor | None = None):
-    """What the caller gets; v_cache of a decode call."""
-    out, lse, tile_counts, skip_map = result
-    if not options["return_stats"]:
-        return AttentionOutput(out, lse, None) if options["return_lse"] else out
-    stats = Stats(tile_counts, skip_map, geometry)
-    if v_cache is not None:
-        stats = DecodeStats(*stats, geometry.tile_n * v_cache.shape[-1] * v_cache.element_size())
-    return AttentionOutput(out, lse, stats)
+    return calls.decode(q, k_cache, v_cache, options)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-import cute_sparse
+from cute_sparse import calls
 
 OPTIONS = (
     "float? softmax_scale, bool causal, SymInt[] window_size, float softcap, Tensor? threshold, "
@@ -44,7 +44,7 @@ def traced(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options
         lse = torch.ops.cute_sparse.decode(q, k, v, out, **options)
     else:
         lse = torch.ops.cute_sparse.attention(q, k, v, out, **UNPACKED | options)
-    return cute_sparse.AttentionOutput(out, lse, None) if options["return_lse"] else out
+    return calls.AttentionOutput(out, lse, None) if options["return_lse"] else out
 
 
 @torch.library.custom_op(
@@ -54,14 +54,14 @@ def traced(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options
     "Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k) -> Tensor",
 )
 def attention(q, k, v, out, *options):
-    """`cute_sparse.attention`, or `attention_varlen` where cu_seqlens are given."""
+    """`calls.attention`, or `attention_varlen` where cu_seqlens are given."""
     *options, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = options
     if cu_seqlens_q is None:
-        return _run(cute_sparse.attention, q, k, v, out, *options)
-    sequences = dict(
+        return _run(calls.attention, q, k, v, out, options)
+    packed = dict(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
     )
-    return _run(cute_sparse.attention_varlen, q, k, v, out, *options, **sequences)
+    return _run(calls.attention_varlen, q, k, v, out, options, **packed)
 
 
 @torch.library.custom_op(
@@ -71,22 +71,19 @@ def attention(q, k, v, out, *options):
     "Tensor? page_table, SymInt? num_splits, bool share_max) -> Tensor",
 )
 def decode(q, k_cache, v_cache, out, *options):
-    """`cute_sparse.decode`."""
+    """`calls.decode`."""
     *options, seqused_k, page_table, num_splits, share_max = options
     splits = dict(seqused_k=seqused_k, page_table=page_table, num_splits=num_splits, share_max=share_max)
-    return _run(cute_sparse.decode, q, k_cache, v_cache, out, *options, **splits)
+    return _run(calls.decode, q, k_cache, v_cache, out, options, **splits)
 
 
-def _run(
-    call: Callable, q, k, v, out, softmax_scale, causal, window_size, softcap, threshold, threshold_number, return_lse,
-    **others,
-) -> torch.Tensor:  # fmt: skip
-    """The eager call of an operator's arguments."""
-    result = call(
-        q, k, v,
+def _run(call: Callable, q, k, v, out, options, **others) -> torch.Tensor:
+    """The eager call of an operator's arguments; `options` are the values of OPTIONS."""
+    softmax_scale, causal, window_size, softcap, threshold, threshold_number, return_lse = options
+    result = call(q, k, v, others | dict(
         softmax_scale=softmax_scale, causal=causal, window_size=tuple(window_size), softcap=softcap, out=out,
-        threshold=threshold_number if threshold is None else threshold, return_lse=return_lse, **others,
-    )  # fmt: skip
+        threshold=threshold_number if threshold is None else threshold, return_lse=return_lse, return_stats=False,
+    ))  # fmt: skip
     return result.lse if return_lse else _no_lse(q)
 
 

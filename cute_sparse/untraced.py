@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-import cute_sparse
+from cute_sparse import calls
 
 
 @torch.compiler.disable(reason="cute_sparse: return_stats and gradients are not part of its operators")
 def call(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict):
-    return getattr(cute_sparse, name)(q, k, v, **options)
+    """One of `calls`."""
+    return getattr(calls, name)(q, k, v, options)

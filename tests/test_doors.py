@@ -14,10 +14,17 @@ DSL = "cutlass"
 
 # Room -> the rooms of this project it may import, besides itself. A file of cute_sparse/ is a room of its own.
 DOORS = {
-    "cute_sparse": {"cute_sparse.api", "cute_sparse.dispatch", "cute_sparse.problem", "cute_sparse.threshold"},
-    "cute_sparse.api": {"cute_sparse.dispatch", "cute_sparse.operators", "cute_sparse.problem"},
-    "cute_sparse.operators": {"cute_sparse", "cute_sparse.untraced"},
-    "cute_sparse.untraced": {"cute_sparse"},
+    "cute_sparse": {
+        "cute_sparse.api",
+        "cute_sparse.calls",
+        "cute_sparse.dispatch",
+        "cute_sparse.problem",
+        "cute_sparse.threshold",
+    },
+    "cute_sparse.api": {"cute_sparse.calls", "cute_sparse.operators"},
+    "cute_sparse.operators": {"cute_sparse.calls", "cute_sparse.untraced"},
+    "cute_sparse.untraced": {"cute_sparse.calls"},
+    "cute_sparse.calls": {"cute_sparse.dispatch", "cute_sparse.problem"},
     "cute_sparse.dispatch": {
         "cute_sparse.compiled",
         "cute_sparse.inputs",
