@@ -123,8 +123,13 @@ def mutations(ptx: str, reached: Mapping[int, int]) -> Iterator[tuple[Mutation, 
         yield Mutation(index + 1, text, times), "\n".join([*lines[:index], replacement, *lines[index + 1 :]])
 
 
-def survey(device: Device, schedules: Sequence[tuple[str, int]] = SCHEDULES) -> Survey:
+def survey(
+    device: Device, schedules: Sequence[tuple[str, int]] = SCHEDULES, *, after: Survey | None = None
+) -> Survey:
     """Surveys the device's last launch, which must have been recorded (`device.core.record(True)` before it).
+
+    after: a survey of other launches of the same kernel; what those noticed is not tried again, and the result is
+    `combined` with it.
 
     The launch's tensors, its results too, must still be alive. Raises EmulatorError if they are not, and if the
     unmodified kernel does not pass every schedule with the same memory: a survey of a kernel that is wrong, or whose
@@ -138,12 +143,14 @@ def survey(device: Device, schedules: Sequence[tuple[str, int]] = SCHEDULES) -> 
             raise EmulatorError(f"the unmodified kernel leaves other memory in order {order}, seed {seed}")
     result = Survey(launch.name)
     for mutation, mutated in mutations(ptx, launch.lines):
+        if after is not None and mutation in after.noticed:
+            continue
         how = _how_noticed(device, mutated, schedules)
         if how is None:
             (result.idle if mutation.line in launch.unheard else result.survived).append(mutation)
         else:
             result.noticed[mutation] = how
-    return result
+    return result if after is None else combined([after, result])
 
 
 def _how_noticed(device: Device, ptx: str, schedules: Sequence[tuple[str, int]]) -> str | None:

@@ -567,6 +567,7 @@ class Decode:
                     if flags != 0:
                         event = Event(flags, p_cursor.index, v_cursor.index, first_key, end_key)
                         self._raise(pipes, tiles, event, event_parity)
+                        tmem.fence_after_sync()
                         event_parity = event_parity ^ 1
                     with cute.arch.elect_one():
                         probabilities = base + plan.probabilities + p_cursor.index * plan.probabilities_stride
@@ -609,14 +610,14 @@ class Decode:
 
     @cute.jit
     def _raise(self, pipes: Pipes, tiles: Tiles, event: Event, parity: Int32):
-        """Have the correction warps handle an event, after all P V so far, and wait until they have."""
+        """Have the correction warps handle an event, after all P V so far, and wait until they have. Who then uses
+        tensor memory fences before: behind a segment's end, the next segment's first message does."""
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(len(event)):
                 tiles.sEvent[i] = event[i]
             cute.arch.mbarrier_arrive(pipes.event)
             umma.commit(pipes.event)
         cute.arch.mbarrier_wait(pipes.event_done, parity)
-        tmem.fence_after_sync()
 
     # ------------------------------------------------------------------------------------------------ softmax
 
@@ -873,8 +874,9 @@ class Decode:
     def _rescale(self, lane: Int32, event: Event):
         """Multiply O with the rows' factors."""
         plan = self.config.tmem
-        factor, _ = tmem.load_row(lane + plan.row_words + event.p_slot * ROW_WORDS, ROW_WORDS, ROW_WORDS)
+        factor, _ = tmem.load(lane + plan.row_words + event.p_slot * ROW_WORDS, ROW_WORDS)
         for first in cutlass.range_constexpr(0, self.config.head_dim_v, OUTPUT_FRAGMENT):
+            # The wait of the first columns is the factor's, too.
             columns = tmem.load_row(lane + plan.output + first, OUTPUT_FRAGMENT, OUTPUT_FRAGMENT)
             tmem.store(lane + plan.output + first, multiply_row(columns, factor))
         tmem.wait_stores()

@@ -349,7 +349,11 @@ class HopperDecode:
 
     @cute.jit
     def _clear(self, shared: Shared):
-        """By both workers: rows of Q and P that nobody ever writes are multiplied, too, and their sums read."""
+        """By both workers: rows of Q and P that nobody ever writes are multiplied, too, and their sums read.
+
+        No MMA follows but behind the fence.proxy.async of load_q, or of a score warp that has written P: either comes
+        behind the barrier of all threads that comes behind these writes, and so covers them.
+        """
         thread, _, _ = cute.arch.thread_idx()
         thread, threads = thread - WARPGROUP_THREADS, 2 * WARPGROUP_THREADS
         self._clear_tiles(shared.sQ, thread, threads)
@@ -358,7 +362,6 @@ class HopperDecode:
             for stage in cutlass.range_constexpr(self.config.p_stages):
                 shared.row_factor[thread, stage] = Float32(0.0)
                 shared.row_max[thread, stage] = Float32(0.0)
-        cute.arch.fence_view_async_shared()
 
     def _clear_tiles(self, tiles: cute.Tensor, thread, threads: int) -> None:
         """All of it, in whatever order: zeros look alike."""

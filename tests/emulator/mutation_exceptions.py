@@ -26,6 +26,10 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
     "our prefill, sm_100a, dense": {},
     "our prefill, sm_100a, pairs of CTAs": {},
     "our prefill, sm_100a, threshold": {"bar.warp.sync -1;": (MEET_AGAIN, 2)},
+    "our decode, sm_90a, dense": {},
+    "our decode, sm_90a, threshold": {},
+    "our decode, sm_100a, dense": {},
+    "our decode, sm_100a, threshold": {},
     "FlashAttention-4, sm_90a": {},
     "FlashAttention-4, sm_100a": {
         "mbarrier.try_wait.parity.shared.b64 P1, [%], %, 10000000;": (LAST_BEFORE_THE_END, 2)

@@ -8,13 +8,16 @@ from functools import partial
 import pytest
 import torch
 from cute_sparse.kernels.blackwell import config as blackwell_config
+from cute_sparse.kernels.blackwell import decode_config as blackwell_decode_config
 from cute_sparse.kernels.hopper import config as hopper_config
+from cute_sparse.kernels.hopper import decode_config as hopper_decode_config
 
 import cute_sparse
 from cute_sparse import emulator
+from cute_sparse.dispatch import DecodeKernelPlan
 from cute_sparse.emulator import mutate
 from cute_sparse.emulator.text import module, run_ptx
-from cute_sparse.workloads import structured_qkv
+from cute_sparse.workloads import in_shuffled_pages, structured_qkv
 from tests.emulator.flash_attention_4 import forget_the_gpu
 from tests.emulator.mutation_exceptions import unexplained
 
@@ -157,18 +160,18 @@ LAUNCHES = {
 
 def surveyed(arch: str, threshold: float | None, head_dim: int, launches: list[tuple[int, int, int]]) -> mutate.Survey:
     """Our causal prefill kernel, over several launches."""
-    surveys = []
+    result = None
     for queries, keys, heads in launches:
         q, k, v = structured_qkv(1, max(queries, keys), heads, 1, head_dim)
         with cute_sparse.emulated(arch, sms=1) as device:
             device.core.record(True)
             try:
                 out = cute_sparse.attention(q[:, :queries], k[:, :keys], v[:, :keys], causal=True, threshold=threshold)
-                surveys.append(mutate.survey(device))
+                result = mutate.survey(device, after=result)
             finally:
                 device.core.record(False)
         assert out.isfinite().all()
-    return mutate.combined(surveys)
+    return result
 
 
 @pytest.fixture
@@ -192,6 +195,53 @@ def test_removals_in_our_prefill_are_noticed(arch, threshold, one_cta):
 
 def test_removals_where_two_ctas_share_their_products_are_noticed(one_cta):
     assert_noticed("our prefill, sm_100a, pairs of CTAs", surveyed("sm_100a", None, 128, [(640, 512, 2)]))
+
+
+# Of decode, (queries, query heads of the one KV head): on Blackwell, a tile's keys in 4, 2 and 1 parts. The cache has
+# two whole tiles in succession and a part of one, which one CTA attends alone, and a run of tiles longer than every
+# ring, in which it meets a second CTA; a third has nothing to do.
+DECODE_LENGTHS, DECODE_CTAS = (64, 50, 64, 640), 3
+DECODE_LAUNCHES = {"sm_90a": [(2, 20)], "sm_100a": [(2, 12), (2, 24), (3, 24)]}
+FEW_SLOTS = dict(tile_n=64, k_stages=2, v_stages=2, p_stages=2, min_tiles=6)
+
+
+@pytest.fixture
+def decode_with_few_slots(monkeypatch: pytest.MonkeyPatch):
+    """Decode kernels whose rings wrap soon; and the partial results of their splits outlive the call."""
+    for config in (blackwell_decode_config, hopper_decode_config):
+        monkeypatch.setattr(config, "choose", partial(_with_few_slots, config.choose))
+    scratch, kept = DecodeKernelPlan._scratch, []
+
+    def kept_scratch(plan, q):
+        kept.append(scratch(plan, q))
+        return kept[-1]
+
+    monkeypatch.setattr(DecodeKernelPlan, "_scratch", kept_scratch)
+
+
+def _with_few_slots(choose, *arguments, **options):
+    return replace(choose(*arguments, **options), **FEW_SLOTS)
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("threshold", [None, 0.03], ids=["dense", "threshold"])
+def test_removals_in_our_decode_are_noticed(arch, threshold, decode_with_few_slots):
+    result, lengths = None, torch.tensor(DECODE_LENGTHS, dtype=torch.int32)
+    for queries, heads in DECODE_LAUNCHES[arch]:
+        q, k, v = structured_qkv(len(lengths), max(DECODE_LENGTHS), heads, 1, 64, seqlen_q=queries, local=40.0)
+        k_cache, v_cache, table = in_shuffled_pages(k, v, 64)
+        cache = dict(seqused_k=lengths, page_table=table)
+        with cute_sparse.emulated(arch, sms=DECODE_CTAS) as device:
+            device.core.record(True)
+            try:
+                out, *_, stats = cute_sparse.decode(q, k_cache, v_cache, threshold=threshold, return_stats=True, **cache)
+                result = mutate.survey(device, after=result)
+            finally:
+                device.core.record(False)
+        assert out.isfinite().all()
+        kept, visited = (int(count.sum()) for count in stats.tile_counts)
+        assert visited == 13 and (kept < visited) == (threshold is not None)
+    assert_noticed(f"our decode, {arch}, {'dense' if threshold is None else 'threshold'}", result)
 
 
 def assert_noticed(kernel: str, result: mutate.Survey) -> None:
