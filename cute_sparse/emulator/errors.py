@@ -84,7 +84,7 @@ class RaceDetected(EmulatorError):
 
 
 class MissingProxyFence(EmulatorError):
-    """A write through one proxy is read through another without fence.proxy.async between them."""
+    """What an ordinary write wrote is read or written by the async proxy without fence.proxy.async between them."""
 
 
 class BarrierError(EmulatorError):

@@ -163,6 +163,35 @@ def test_ordered_or_disjoint_accesses_are_silent(run, body):
     start(run, body)
 
 
+# Threads have written or read, and a bulk copy overwrites it.
+OVERWRITTEN = """
+    mov.u32 %r2, bars; setp.eq.u32 %p3, %r0, 0; @%p3 mbarrier.init.shared.b64 [%r2], 1; fence.mbarrier_init.release.cluster;
+    {before} bar.sync 0; {behind}
+    @!%p3 bra WAIT; mbarrier.arrive.expect_tx.shared.b64 _, [%r2], 128;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r3], [%d0], 128, [%r2];
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p4, [%r2], 0; @!%p4 bra WAIT;
+    ld.shared.b32 %r6, [%r5];
+"""
+WRITE, READ = "@%p2 st.shared.b32 [%r5], %r0;", "ld.shared.b32 %r6, [%r5];"
+PROXY_FENCE = "fence.proxy.async.shared::cta;"
+
+
+@IN_EVERY_ORDER
+@pytest.mark.parametrize(
+    "before, behind",
+    [(WRITE + PROXY_FENCE, ""), (WRITE, PROXY_FENCE), (WRITE + PROXY_FENCE + "bar.sync 0;" + READ, "")],
+    ids=["writer's fence", "overwriter's fence", "read since"],
+)
+def test_the_async_proxy_may_overwrite_ordinary_writes_behind_a_fence(run, before, behind):
+    start(run, OVERWRITTEN.format(before=before, behind=behind))
+
+
+@IN_EVERY_ORDER
+def test_the_async_proxy_must_not_overwrite_ordinary_writes_without_a_fence(run):
+    with pytest.raises(emulator.errors.MissingProxyFence, match="async proxy after the write by warp 1"):
+        start(run, OVERWRITTEN.format(before=WRITE, behind=""))
+
+
 FLAG = "@%p1 st.global.b32 [%d2+64], %r0; {sync} @!%p1 bra WAIT; @%p0 {release}; bra END; WAIT: {acquire}; setp.eq.u32 %p3, %r6, 0; @%p3 bra WAIT; {after} ld.global.b32 %r7, [%d0+68]; END:"
 
 

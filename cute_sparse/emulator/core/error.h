@@ -15,7 +15,7 @@ enum class ErrorKind {
   uninitialised,     // read of a register, shared or tensor memory that nothing has written
   in_flight,         // read or write of data that an asynchronous operation still owns
   race,              // two conflicting accesses that nothing orders
-  missing_proxy_fence,  // generic write seen by the async proxy (or the reverse) without fence.proxy.async
+  missing_proxy_fence,  // generic write, then an access by the async proxy, without fence.proxy.async
   barrier,           // mbarrier or barrier misuse: before init, over-arrival, wrong counts
   tensor_memory,     // tcgen05 alloc/dealloc misuse, leaked or foreign columns
   convergence,       // a .sync/.aligned instruction whose lanes can never meet

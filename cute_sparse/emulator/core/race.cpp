@@ -227,8 +227,8 @@ static bool ordered(const Access& earlier, uint32_t lanes, const Access& access,
   };
   if (clock.at(earlier.actor) < earlier.epoch && !(lanes && clock.lanes_seen(earlier.actor, lanes, earlier.epoch)))
     return conflicts();
-  const bool crosses_proxies = access.proxy == Proxy::async && !access.write && earlier.proxy == Proxy::generic &&
-                               earlier.write && earlier.epoch != 0;
+  const bool crosses_proxies = access.proxy == Proxy::async && earlier.proxy == Proxy::generic && earlier.write &&
+                               earlier.epoch != 0;
   if (crosses_proxies && clock.proxied_at(earlier.actor) < earlier.epoch &&
       !(lanes && clock.lanes_proxied(earlier.actor, lanes, earlier.epoch))) {
     conflict.missing_proxy_fence = true;

@@ -70,7 +70,7 @@ struct WarpOrder {
 };
 
 // The proxy of an access. `async`: shared or global memory read or written by TMA, bulk copies, wgmma or tcgen05
-// operands; such a read of a generic write needs fence.proxy.async. `tensor`: tensor memory.
+// operands; such an access behind a generic write needs fence.proxy.async. `tensor`: tensor memory.
 enum class Proxy : uint8_t { generic, async, tensor };
 
 // One access (of possibly many granules) as stored in the shadow.

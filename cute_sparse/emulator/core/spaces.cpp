@@ -252,7 +252,7 @@ void report(Warp& warp, const Conflict& conflict, const char* space, int lane) {
     throw EmulatorError(ErrorKind::uninitialised, "reads " + place + ", which nothing has written", site);
   if (conflict.missing_proxy_fence)
     throw EmulatorError(ErrorKind::missing_proxy_fence,
-                        "reads " + place + " through the async proxy after the " + who(warp, conflict) +
+                        "touches " + place + " through the async proxy after the " + who(warp, conflict) +
                             ", without fence.proxy.async between", site);
   throw EmulatorError(ErrorKind::race, "touches " + place + ", not ordered after the " + who(warp, conflict),
                       site);
