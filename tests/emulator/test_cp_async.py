@@ -195,6 +195,56 @@ def test_mbarriers_track_copies(kernel, noinc):
         kernel(missing, [x, out], block=64)
 
 
+# A warp copies and waits, one or all of its lanes tell of it, and another warp reads.
+TOLD_OF = """
+    mov.u32 %r4, %tid.x;
+    setp.lt.u32 %p3, %r4, 32;
+    setp.eq.u32 %p4, %r4, 0;
+    @%p4 mbarrier.init.shared.b64 [%r0], COUNT;
+    bar.sync 0;
+    @!%p3 bra READ;
+    WHO cp.async.ca.shared.global [%r1], [%d0], 16;
+    WHO cp.async.wait_all;
+    MEET
+    TELL
+    bra END;
+    READ:
+    mbarrier.try_wait.parity.shared.b64 %p1, [%r0], 0;
+    @!%p1 bra READ;
+    @!WHOSE bra END;
+    """ + dump(16) + "END:\n"
+ONE_TELLS = "@%p0 mbarrier.arrive.shared.b64 %d9, [%r0];"
+HALVES_TELL = """
+    setp.lt.u32 %p5, %r4, 16;
+    @%p5 mbarrier.arrive.shared.b64 %d9, [%r0];
+    @!%p5 mbarrier.arrive.shared.b64 %d9, [%r0];
+    """
+
+
+def told_of(*, who="", whose="%p6", meet="bar.warp.sync -1;", tell=ONE_TELLS, count=1) -> str:
+    every = "setp.eq.u32 %p6, 0, 0;\n" + TOLD_OF
+    for word, text in (("WHOSE", whose), ("WHO", who), ("MEET", meet), ("TELL", tell), ("COUNT", str(count))):
+        every = every.replace(word, text)
+    return every
+
+
+def test_one_lane_does_not_speak_for_what_others_have_waited_for(kernel):
+    x, out = random_bytes(512), torch.zeros(512, dtype=torch.uint8)
+    kernel(told_of(), [x, out], block=64)
+    assert torch.equal(out, x)
+    with pytest.raises(errors.RaceDetected):
+        kernel(told_of(meet=""), [x, out], block=64)
+
+
+def test_a_lane_speaks_for_its_own_copies(kernel):
+    x, out = random_bytes(512), torch.zeros(512, dtype=torch.uint8)
+    kernel(told_of(meet="", tell=HALVES_TELL, count=32), [x, out], block=64)
+    assert torch.equal(out, x)
+    out.zero_()
+    kernel(told_of(who="@%p0", whose="%p0", meet=""), [x, out], block=64)
+    assert torch.equal(out[:16], x[:16])
+
+
 def test_the_async_proxy_needs_a_fence_after_cp_async(kernel):
     """A bulk store reads what cp.async wrote."""
     x, out = random_bytes(512), torch.zeros(512, dtype=torch.uint8)

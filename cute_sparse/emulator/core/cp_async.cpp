@@ -68,19 +68,25 @@ struct CpAsyncOp : AsyncOp {
   }
 };
 
-// Joins accesses of consecutive lanes that touch adjacent memory.
+// Joins accesses of consecutive lanes that touch adjacent memory, as much each.
 template <class Touch>
 struct Joined {
-  Touch touch;
+  Touch touch;  // (address, bytes, bytes of each lane, first lane)
   uint64_t begin = 0, end = 0;
-  void add(uint64_t address, uint32_t bytes) {
+  uint32_t each = 0, first = 0, next = 0;  // lanes [first, next)
+  void add(uint64_t address, uint32_t bytes, uint32_t lane) {
     if (bytes == 0) return;
-    if (address != end) flush();
-    if (end == begin) begin = address;
+    if (address != end || lane != next || bytes != each) flush();
+    if (end == begin) {
+      begin = address;
+      first = lane;
+      each = bytes;
+    }
     end = address + bytes;
+    next = lane + 1;
   }
   void flush() {
-    if (end > begin) touch(begin, end - begin);
+    if (end > begin) touch(begin, end - begin, each, int(first));
     begin = end = 0;
   }
 };
@@ -95,8 +101,12 @@ Step exec_copy(Warp& warp, const Instr& i) {
   op->statement = i.statement;
   op->lanes = warp.mask;
   op->size = copy.size;
-  Joined reads{[&](uint64_t a, uint64_t n) { touch_global_async(warp, stamp, a, n, false); }};
-  Joined writes{[&](uint64_t a, uint64_t n) { touch_shared_async(warp, stamp, uint32_t(a), uint32_t(n), true); }};
+  Joined reads{[&](uint64_t address, uint64_t bytes, uint32_t each, int lane) {
+    touch_global_async_lanes(warp, stamp, address, bytes, each, false, lane);
+  }};
+  Joined writes{[&](uint64_t address, uint64_t bytes, uint32_t each, int lane) {
+    touch_shared_async_lanes(warp, stamp, uint32_t(address), uint32_t(bytes), each, true, lane);
+  }};
   for (uint32_t rest = warp.mask; rest; rest &= rest - 1) {
     const uint32_t lane = uint32_t(__builtin_ctz(rest));
     const uint32_t to = copy.to.shared(warp, lane);
@@ -111,8 +121,8 @@ Step exec_copy(Warp& warp, const Instr& i) {
       op->from[lane] = global_at(warp, from, op->bytes[lane], 1, false, int(lane));
       warp.tally.global_bytes_read += op->bytes[lane];
     }
-    reads.add(from, op->bytes[lane]);
-    writes.add(to, copy.size);
+    reads.add(from, op->bytes[lane], lane);
+    writes.add(to, copy.size, lane);
     warp.tally.shared_bytes_written += copy.size;
   }
   reads.flush();
@@ -169,7 +179,7 @@ void wait_for_groups(Warp& warp, uint64_t pending) {
     done = std::max(done, copies_before(state, uint32_t(__builtin_ctz(rest)), pending));
   if (done == 0) return;
   warp.cluster->drain(state.queue, state.issued - done);
-  warp.clock.know(state.actor, done);
+  know_by_lanes(warp, state.actor, done);
 }
 
 Step exec_wait_group(Warp& warp, const Instr& i) {
@@ -199,7 +209,8 @@ Step exec_arrive(Warp& warp, const Instr& i) {
   const AddressSlot& address = *static_cast<const AddressSlot*>(i.detail);
   CpAsyncState& state = cp_async_state(warp);
   Clock clock = release(warp);
-  clock.know(state.actor, state.issued);
+  if ((warp.mask & warp.live) == warp.live) clock.know(state.actor, state.issued);
+  else clock.partial.push_back({state.actor, warp.mask, state.issued, 0});
   for (uint32_t rest = warp.mask; rest;) {
     const uint32_t barrier = address.shared(warp, uint32_t(__builtin_ctz(rest)));
     uint32_t same = 0;

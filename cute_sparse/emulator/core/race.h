@@ -48,11 +48,12 @@ struct Clock {
   void clear() { seen.clear(); proxied.clear(); partial.clear(); }
 };
 
-// Of an engine's accesses, each lane of a warp has waited for its own: the warp's clock knows them up to the present
+// Of an engine's accesses, each of `lanes` has waited for its own: the warp's clock knows them up to the present
 // epoch, another lane only up to `converged`, until bar.warp.sync.
 struct LanesWaited {
   ActorId actor = 0;
   uint32_t converged = 0;
+  uint32_t lanes = 0;
 };
 
 // What a warp keeps beside its clock (spaces.cpp, barrier.cpp).
@@ -84,8 +85,8 @@ struct Access {
   uint32_t warp = 0;        // for messages: issuing warp, CTA rank and statement
   uint32_t cta_rank = 0;
   uint32_t statement = 0;
-  int32_t lane = -1;        // of a warp's own access: which lane; -1 several (or not a warp)
-  uint32_t lanes = 0;       // of a warp's own access: the lanes that executed it
+  int32_t lane = -1;        // of a warp's own access, or by its cp.async: which lane; -1 several (or another engine)
+  uint32_t lanes = 0;       // the lanes that executed such an access
 };
 
 // A race, as text for the error: "... written by warp 3 (PTX line 812: ...), not ordered before ...".
@@ -162,7 +163,7 @@ class RaceDetector {
  private:
   friend class Shadow;
   AccessId by_several_lanes(AccessId id) const;
-  uint32_t lanes_of(AccessId id) const;  // 0 if no warp's own access
+  uint32_t lanes_of(AccessId id) const;  // see Access::lanes; 0 if another engine's access
   Readers interned_set(Readers readers, AccessId id);
   void collect();  // drops accesses and sets that no granule refers to any more
 

@@ -80,11 +80,14 @@ class PublishedView {
     if (proxied_) clock_.proxied[actor_] = std::min(proxied_, warp.order.converged);
     clock_.partial.push_back({actor_, warp.mask, seen_, proxied_});
     waited_ = warp.order.waited;
-    for (LanesWaited& w : waited_) std::swap(w.converged, clock_.seen[w.actor]);
+    for (LanesWaited& w : waited_) {
+      clock_.partial.push_back({w.actor, w.lanes & warp.mask, clock_.at(w.actor), clock_.proxied_at(w.actor)});
+      std::swap(w.converged, clock_.seen[w.actor]);
+    }
   }
   ~PublishedView() {
     if (!partial_) return;
-    clock_.partial.pop_back();
+    clock_.partial.resize(clock_.partial.size() - 1 - waited_.size());
     clock_.seen[actor_] = seen_;
     for (LanesWaited& w : waited_) std::swap(w.converged, clock_.seen[w.actor]);
     if (proxied_) clock_.proxied[actor_] = proxied_;
@@ -101,6 +104,13 @@ class PublishedView {
 Access async_access(Warp& warp, const Stamp& stamp, bool write, bool atomic) {
   Access access = access_by(warp, stamp.actor, stamp.epoch, stamp.proxy, write, atomic, -1);
   access.unordered = stamp.unordered;
+  return access;
+}
+
+Access async_access_by_lanes(Warp& warp, const Stamp& stamp, bool write, int lane) {
+  Access access = async_access(warp, stamp, write, false);
+  access.lane = lane;
+  access.lanes = warp.mask;
   return access;
 }
 
@@ -225,6 +235,20 @@ void touch_global_async(Warp& warp, const Stamp& stamp, uint64_t address, uint64
   check_global(warp, address, bytes, 0, async_access(warp, stamp, write, atomic), -1);
 }
 
+void touch_shared_async_lanes(Warp& warp, const Stamp& stamp, uint32_t address, uint32_t bytes, uint32_t bytes_each,
+                              bool write, int lane) {
+  if (!warp.cluster->race.enabled) return;
+  PublishedView view(warp);
+  check_shared(warp, address, bytes, bytes_each, async_access_by_lanes(warp, stamp, write, lane), lane);
+}
+
+void touch_global_async_lanes(Warp& warp, const Stamp& stamp, uint64_t address, uint64_t bytes, uint32_t bytes_each,
+                              bool write, int lane) {
+  if (!warp.cluster->race.enabled) return;
+  PublishedView view(warp);
+  check_global(warp, address, bytes, bytes_each, async_access_by_lanes(warp, stamp, write, lane), lane);
+}
+
 namespace {
 
 std::string who(const Warp& warp, const Conflict& conflict) {
@@ -310,8 +334,9 @@ void converge(Warp& warp) {
 
 void know_by_lanes(Warp& warp, ActorId actor, uint32_t epoch) {
   auto& waited = warp.order.waited;
-  const bool is_new = std::none_of(waited.begin(), waited.end(), [&](const LanesWaited& w) { return w.actor == actor; });
-  if (is_new) waited.push_back({actor, warp.clock.at(actor)});
+  auto found = std::find_if(waited.begin(), waited.end(), [&](const LanesWaited& w) { return w.actor == actor; });
+  if (found == waited.end()) found = waited.insert(waited.end(), {actor, warp.clock.at(actor), 0});
+  found->lanes |= warp.mask;
   warp.order.lanes_differ = true;
   warp.clock.know(actor, epoch);
 }

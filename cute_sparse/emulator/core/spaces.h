@@ -29,10 +29,15 @@ void touch_shared_lanes(Warp& warp, uint32_t address, uint32_t bytes, uint32_t b
 void touch_global_lanes(Warp& warp, uint64_t address, uint64_t bytes, uint32_t bytes_each, bool write, bool atomic,
                         int lane);
 // An access that an asynchronous operation issued by `warp` will perform. Called at issue, with the footprint;
-// ordered behind what the warp knows, and (for reads) behind fence.proxy.async for generic writes.
+// ordered behind what the warp knows, and behind fence.proxy.async for generic writes.
 void touch_shared_async(Warp& warp, const Stamp& stamp, uint32_t address, uint32_t bytes, bool write);
 void touch_global_async(Warp& warp, const Stamp& stamp, uint64_t address, uint64_t bytes, bool write,
                         bool atomic = false);
+// The same on behalf of consecutive lanes, each of which waits for its own part: see touch_shared_lanes.
+void touch_shared_async_lanes(Warp& warp, const Stamp& stamp, uint32_t address, uint32_t bytes, uint32_t bytes_each,
+                              bool write, int lane);
+void touch_global_async_lanes(Warp& warp, const Stamp& stamp, uint64_t address, uint64_t bytes, uint32_t bytes_each,
+                              bool write, int lane);
 
 // Raises the ErrorKind that a conflict stands for, with both sides in the message.
 [[noreturn]] void report(Warp& warp, const Conflict& conflict, const char* space, int lane);
@@ -49,8 +54,8 @@ void release_into(Warp& warp, Clock& target);
 void acquire(Warp& warp, const Clock& clock);
 // The executing lanes' earlier accesses and those of the rest of the warp are ordered from here on (bar.warp.sync).
 void converge(Warp& warp);
-// Each executing lane has waited for its own part of what `actor` did up to `epoch` (tcgen05.wait): one lane speaks for
-// the others only after they converge.
+// Each executing lane has waited for its own part of what `actor` did up to `epoch` (tcgen05.wait, cp.async.wait_group):
+// one lane speaks for the others only after they converge.
 void know_by_lanes(Warp& warp, ActorId actor, uint32_t epoch);
 // fence.proxy.async by the executing lanes.
 void fence_proxy(Warp& warp);
