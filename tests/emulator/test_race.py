@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -248,6 +250,38 @@ def test_clusters_may_write_neighbouring_words_and_add_atomically(run):
     body = "mov.u32 %r6, %ctaid.x; mul.wide.u32 %d3, %r6, 128; add.s64 %d3, %d3, %d2; st.global.b32 [%d3], %r0; red.global.add.u32 [%d0+1020], 1;"
     out = start(run, body, grid=4, block=32)
     assert out[:128] == [*range(32)] * 4 and out[255] == 128
+
+
+# CTA 0 (%p1) reads words that CTA 1 (%p2) overwrites once a flag behind them says so.
+READ_FLAG = """
+    mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r2, 0; setp.eq.u32 %p2, %r2, 1; mul.wide.u32 %d3, %r1, 4; add.s64 %d3, %d3, %d0;
+    @%p2 bra WAIT; {who} ld.global.b32 %r7, [%d3]; {sync} @%p0 red{release}.gpu.global.add.u32 [%d0+256], 1; bra END;
+    WAIT: ld{acquire}.gpu.global.b32 %r6, [%d0+256]; setp.eq.u32 %p3, %r6, 0; @%p3 bra WAIT; {who} st.global.b32 [%d3], %r9; END:
+"""
+
+
+@pytest.mark.parametrize("who, sync", [("", "bar.warp.sync -1;"), ("@%p0", "")], ids=["a warp", "a lane"])
+def test_a_cluster_may_overwrite_what_another_has_told_it_to_have_read(run, who, sync):
+    start(run, READ_FLAG.format(who=who, sync=sync, release=".release", acquire=".acquire"), grid=2, block=32)
+
+
+@pytest.mark.parametrize(
+    "sync, release, acquire",
+    [("", ".release", ".acquire"), ("bar.warp.sync -1;", ".relaxed", ".acquire"), ("bar.warp.sync -1;", ".release", ".relaxed")],
+    ids=["other lanes", "no release", "no acquire"],
+)  # fmt: skip
+def test_a_cluster_that_overwrites_what_another_may_still_read_races(run, sync, release, acquire):
+    with pytest.raises(RACE, match="after the read by warp 0 .*of cluster 0"):
+        start(run, READ_FLAG.format(who="", sync=sync, release=release, acquire=acquire), grid=2, block=32)
+
+
+@pytest.mark.parametrize("sync, races", [("bar.warp.sync -1;", False), ("", True)], ids=["converged", "alone"])
+def test_a_lane_does_not_tell_other_clusters_of_other_lanes_writes(run, sync, races):
+    body = """mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r2, 0; mul.wide.u32 %d3, %r1, 4; add.s64 %d3, %d3, %d0;
+    @!%p1 bra WAIT; st.global.b32 [%d3], %r9; SYNC @%p0 st.release.gpu.global.b32 [%d0+256], %r9; bra END;
+    WAIT: ld.acquire.gpu.global.b32 %r6, [%d0+256]; setp.eq.u32 %p3, %r6, 0; @%p3 bra WAIT; ld.global.b32 %r7, [%d3]; END:"""
+    with pytest.raises(RACE) if races else contextlib.nullcontext():
+        start(run, body.replace("SYNC", sync), grid=2, block=32)
 
 
 def test_a_lane_publishes_only_what_it_did_itself(run):

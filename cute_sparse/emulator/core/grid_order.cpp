@@ -8,36 +8,43 @@ namespace emu {
 
 std::shared_ptr<GridOrder> make_grid_order() { return std::make_shared<GridOrder>(); }
 
+void GridClock::join(const GridClock& other) {
+  for (const auto& [actor, epoch] : other.seen) {
+    uint32_t& known = seen[actor];
+    known = std::max(known, epoch);
+  }
+  for (const Lanes& lanes : other.partial) {
+    auto same = [&](const Lanes& o) { return o.actor == lanes.actor && o.lanes == lanes.lanes; };
+    const auto found = std::find_if(partial.begin(), partial.end(), same);
+    if (found == partial.end()) partial.push_back(lanes);
+    else found->seen = std::max(found->seen, lanes.seen);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // The grid's side: shared by host threads
 
-std::shared_ptr<GridOrder::Page> GridOrder::page(uint64_t number, bool create) {
+std::shared_ptr<GridOrder::Page> GridOrder::page(uint64_t number) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = pages_.find(number);
-  if (found != pages_.end()) return found->second;
-  if (!create) return nullptr;
-  ++pages_made_;
-  return pages_[number] = std::make_shared<Page>();
+  std::shared_ptr<Page>& page = pages_[number];
+  if (!page) page = std::make_shared<Page>();
+  return page;
 }
 
-uint32_t GridOrder::add_write(const GridWrite& write) {
+uint32_t GridOrder::add(const GridAccess& access) {
   std::lock_guard<std::mutex> lock(mutex_);
-  writes_.push_back(write);
-  return uint32_t(writes_.size() - 1);
+  accesses_.push_back(access);
+  return uint32_t(accesses_.size() - 1);
 }
 
-GridWrite GridOrder::write(uint32_t number) const {
+GridAccess GridOrder::access(uint32_t number) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return writes_[number];
+  return accesses_[number];
 }
 
 void GridOrder::publish(uint64_t address, const GridClock& clock) {
   std::lock_guard<std::mutex> lock(mutex_);
-  GridClock& location = locations_[address];
-  for (const auto& [actor, epoch] : clock) {
-    uint32_t& known = location[actor];
-    known = std::max(known, epoch);
-  }
+  locations_[address].join(clock);
 }
 
 GridClock GridOrder::published(uint64_t address) const {
@@ -49,26 +56,27 @@ GridClock GridOrder::published(uint64_t address) const {
 // ---------------------------------------------------------------------------------------------------------
 // A cluster's side
 
-GridOrder::Page* ClusterOrder::page_of(uint64_t number, bool create) {
-  const uint64_t made = grid_.pages_made();
-  const bool valid = last_page_ == number && (last_ || (!create && made == last_made_));
-  if (!valid) {
-    last_ = grid_.page(number, create);
+constexpr uint32_t LANE_BITS = 5;
+
+GridOrder::Page& ClusterOrder::page_of(uint64_t number) {
+  if (last_page_ != number) {
+    last_ = grid_.page(number);
     last_page_ = number;
-    last_made_ = made;
   }
-  return last_.get();
+  return *last_;
 }
 
-uint32_t ClusterOrder::write_number(const Access& access) {
-  const Access& l = last_access_;
-  if (last_number_ && l.actor == access.actor && l.epoch == access.epoch && l.statement == access.statement &&
-      l.atomic == access.atomic)
-    return last_number_;
-  if (access.actor >= writes_global_.size()) writes_global_.resize(access.actor + 1, false);
-  writes_global_[access.actor] = true;
-  last_access_ = access;
-  return last_number_ = grid_.add_write({{cluster_, access.actor}, access});
+uint32_t ClusterOrder::number_of(const Access& access) {
+  Recent& recent = recent_[(access.actor * 61 + access.statement) % recent_.size()];
+  const Access& a = recent.access;
+  if (recent.number && a.actor == access.actor && a.epoch == access.epoch && a.statement == access.statement &&
+      a.atomic == access.atomic && a.write == access.write && a.lanes == access.lanes &&
+      (a.lane < 0) == (access.lane < 0))
+    return recent.number;
+  if (access.actor >= accesses_global_.size()) accesses_global_.resize(access.actor + 1, false);
+  accesses_global_[access.actor] = true;
+  recent = {access, grid_.add({{cluster_, access.actor}, access})};
+  return recent.number;
 }
 
 ActorId ClusterOrder::local_name(const GridActor& actor) {
@@ -80,55 +88,90 @@ ActorId ClusterOrder::local_name(const GridActor& actor) {
   return entry->second;
 }
 
-bool ClusterOrder::knows(const GridWrite& write, const Clock& clock) const {
-  const auto local = local_names_.find(write.by);
-  return local != local_names_.end() && clock.at(local->second) >= write.access.epoch;
+bool ClusterOrder::grid_name(ActorId actor, GridActor& name) const {
+  const auto foreign = foreign_.find(actor);
+  if (foreign != foreign_.end()) {
+    name = foreign->second;
+    return true;
+  }
+  name = {cluster_, actor};
+  return actor < accesses_global_.size() && accesses_global_[actor];
 }
 
-Conflict ClusterOrder::access(uint64_t address, uint64_t bytes, const Access& access, const Clock& clock) {
+ClusterOrder::Looked ClusterOrder::look_up(GridAccessId id, const Access& access, const Clock& clock) const {
+  const GridAccess earlier = grid_.access(id >> LANE_BITS);
+  if (earlier.by.cluster == cluster_) return {id, true, true};
+  if (earlier.access.atomic && access.atomic) return {id, false, true};
+  const auto local = local_names_.find(earlier.by);
+  if (local == local_names_.end()) return {id, false, false};
+  const uint32_t lane = id % LANES, lanes = earlier.access.lane < 0 ? earlier.access.lanes : 1u << lane;
+  const uint32_t epoch = earlier.access.epoch;
+  return {id, false, clock.at(local->second) >= epoch || (lanes && clock.lanes_seen(local->second, lanes, epoch))};
+}
+
+Conflict ClusterOrder::conflict_with(GridAccessId id, uint64_t address) const {
+  const GridAccess earlier = grid_.access(id >> LANE_BITS);
   Conflict conflict;
-  GridOrder::Page* page = page_of(address >> GridOrder::PAGE_SHIFT, access.write);
-  if (!page) return conflict;
-  const uint32_t own = access.write ? write_number(access) : 0;
+  conflict.found = true;
+  conflict.address = address;
+  conflict.earlier = earlier.access;
+  if (earlier.access.lane >= 0) conflict.earlier.lane = int32_t(id % LANES);
+  conflict.other_cluster = int64_t(earlier.by.cluster);
+  return conflict;
+}
+
+Conflict ClusterOrder::access(uint64_t address, uint64_t bytes, uint32_t bytes_each, const Access& access,
+                              const Clock& clock) {
+  GridOrder::Page& page = page_of(address >> GridOrder::PAGE_SHIFT);
   const uint64_t base = address >> GridOrder::PAGE_SHIFT << GridOrder::PAGE_SHIFT;
   const uint64_t first = (address - base) / 4, end = (address - base + bytes + 3) / 4;
   const bool partial_words = address % 4 != 0 || bytes % 4 != 0;  // bytes of one word may belong to several clusters
-  uint32_t checked = 0;
-  std::lock_guard<std::mutex> lock(page->mutex);
+  Access entered = access;
+  const bool by_lane = access.lane >= 0 && (bytes_each == 0 || bytes_each % 4 == 0);
+  if (!by_lane) entered.lane = -1;
+  const GridAccessId own = number_of(entered) << LANE_BITS;
+  std::array<Looked, 3> looked;  // the last of each kind
+  auto look = [&](Looked& last, GridAccessId id) -> const Looked& {
+    if (last.id != id) last = look_up(id, access, clock);
+    return last;
+  };
+  std::lock_guard<std::mutex> lock(page.mutex);
   for (uint64_t g = first; g < end; ++g) {
-    uint32_t& last = page->last_write[g];
-    if (last != 0 && last != own && last != checked) {
-      const GridWrite write = grid_.write(last);
-      const bool ordered = write.by.cluster == cluster_ || (write.access.atomic && access.atomic) ||
-                           knows(write, clock);
-      if (!ordered) {
-        conflict.found = true;
-        conflict.address = base + 4 * g;
-        conflict.earlier = write.access;
-        conflict.other_cluster = int64_t(write.by.cluster);
-        return conflict;
-      }
-      checked = last;
+    GridOrder::Granule& granule = page.granules[g];
+    const uint32_t lane = !by_lane ? 0 : uint32_t(access.lane) + (bytes_each ? uint32_t(4 * (g - first)) / bytes_each : 0);
+    const GridAccessId id = own + lane;
+    if (granule.write && !look(looked[0], granule.write).ordered) return conflict_with(granule.write, base + 4 * g);
+    if (access.write) {
+      if (granule.read && !look(looked[1], granule.read).ordered) return conflict_with(granule.read, base + 4 * g);
+      if (granule.read_by_another && !look(looked[2], granule.read_by_another).ordered)
+        return conflict_with(granule.read_by_another, base + 4 * g);
+      if (!partial_words) granule = {id, 0, 0};
+    } else if (granule.read != id && !partial_words) {
+      if (granule.read && !look(looked[1], granule.read).own) granule.read_by_another = granule.read;
+      granule.read = id;
     }
-    if (own && !partial_words) last = own;
   }
-  return conflict;
+  return {};
 }
 
 void ClusterOrder::publish(uint64_t address, const Clock& clock) {
   GridClock published;
-  for (ActorId a = 1; a < clock.seen.size(); ++a) {
-    if (clock.seen[a] == 0) continue;
-    const auto foreign = foreign_.find(a);
-    if (foreign != foreign_.end()) published[foreign->second] = clock.seen[a];
-    else if (a < writes_global_.size() && writes_global_[a]) published[{cluster_, a}] = clock.seen[a];
-  }
-  if (!published.empty()) grid_.publish(address, published);
+  GridActor name;
+  for (ActorId a = 1; a < clock.seen.size(); ++a)
+    if (clock.seen[a] && grid_name(a, name)) published.seen[name] = clock.seen[a];
+  for (const LaneKnowledge& k : clock.partial)
+    if (grid_name(k.actor, name)) published.partial.push_back({name, k.lanes, k.seen});
+  grid_.publish(address, published);
 }
 
 void ClusterOrder::learn(uint64_t address, Clock& clock) {
-  for (const auto& [actor, epoch] : grid_.published(address))
+  const GridClock published = grid_.published(address);
+  for (const auto& [actor, epoch] : published.seen)
     if (actor.cluster != cluster_) clock.know(local_name(actor), epoch);
+  Clock lanes;
+  for (const GridClock::Lanes& k : published.partial)
+    if (k.actor.cluster != cluster_) lanes.partial.push_back({local_name(k.actor), k.lanes, k.seen, 0});
+  clock.join(lanes);
 }
 
 }  // namespace emu

@@ -162,7 +162,8 @@ void check_global(Warp& warp, uint64_t address, uint64_t bytes, uint32_t bytes_e
     if (bytes_each) part.lane += int32_t((at - address) / bytes_each);
     Conflict conflict = enter(shadow, at - base, stop - at, bytes_each, part, warp.clock, false);
     conflict.address += base;
-    if (!conflict.found && history.others) conflict = history.others->access(at, stop - at, access, warp.clock);
+    if (!conflict.found && history.others)
+      conflict = history.others->access(at, stop - at, bytes_each, part, warp.clock);
     if (conflict.found) report(warp, conflict, "global memory", lane);
     at = stop;
   }
@@ -358,10 +359,20 @@ void fence_proxy(Warp& warp) {
 
 void release_at(Warp& warp, uint64_t address, bool relaxed) {
   if (!warp.cluster->race.enabled || (relaxed && warp.order.fenced.seen.empty())) return;
-  Clock& location = global_history(*warp.cluster).locations[address];
-  if (auto& others = global_history(*warp.cluster).others)
-    others->publish(address, relaxed ? warp.order.fenced : warp.clock);
-  if (relaxed) location.join(warp.order.fenced); else release_into(warp, location);
+  GlobalHistory& history = global_history(*warp.cluster);
+  auto publish = [&](const Clock& clock) {
+    history.locations[address].join(clock);
+    if (history.others) history.others->publish(address, clock);
+  };
+  if (relaxed) {
+    publish(warp.order.fenced);
+    return;
+  }
+  {
+    PublishedView view(warp);
+    publish(warp.clock);
+  }
+  next_epoch(warp);
 }
 
 void acquire_at(Warp& warp, uint64_t address, bool relaxed) {
