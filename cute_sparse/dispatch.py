@@ -77,20 +77,26 @@ def plan_decode(
 
 def _planned(kind: str, check: Callable, make: Callable, q, k, v, options: dict):
     """The plan kept for such tensors and options, or one made from the request that `check` returns."""
+    out = options["out"]
     try:
         key = (
-            kind, _identity(q), _identity(k), _identity(v), torch.is_grad_enabled(), _emulation,
+            kind, _identity(q), _identity(k), _identity(v), torch.is_grad_enabled(), _emulation, *options,
+            *map(type, options.values()),  # True == 1 == 1.0
             *[_identity(value) if isinstance(value, torch.Tensor) else value for value in options.values()],
         )  # fmt: skip
         plan = _plans.get(key)
-    except (TypeError, AttributeError):  # not tensors, or not hashable: the check says what is wrong, if anything
+    # Not tensors, not dense ones, or not hashable: the check says what is wrong, if anything.
+    except (TypeError, AttributeError, RuntimeError):
         key = plan = None
     if plan is None:
         plan = make(check(q, k, v, **options))
+        plan.spans = () if out is None else tuple(inputs.span_bytes(tensor) for tensor in (out, q, k, v))
         if key is not None:
             if len(_plans) >= PLANS_MAX:
                 _plans.clear()
             _plans[key] = plan
+    if out is not None:
+        inputs.check_out_apart(out, (q, k, v), plan.spans)
     return plan
 
 
@@ -261,7 +267,7 @@ class KernelPlan:
         names = "batch heads_q heads_kv seqlen_q window_left window_right softmax_scale softcap"
         values = {name: getattr(request, name) for name in names.split()}
         for name, tensor in {"q": q, "k": k, "v": v, "out": out}.items():
-            values[f"{name}_stride_seq"], values[f"{name}_stride_head"] = tensor.stride()[-3:-1]
+            values[f"{name}_stride_seq"], values[f"{name}_stride_head"] = _stride(tensor, -3), _stride(tensor, -2)
         return values | {
             "threshold_stride_batch": form.stride_batch if form else 0,
             "threshold_stride_head": form.stride_head if form else 0,
@@ -296,7 +302,7 @@ class PrefillKernelPlan(KernelPlan):
     def _values(self, tensors: tuple[torch.Tensor | None, ...]) -> dict[str, int]:
         values = {name: getattr(self.request, name) for name in ("seqlen_k", "total_q", "total_k")}
         for name, tensor in zip("q k v out".split(), tensors, strict=False):
-            values[f"{name}_stride_batch"] = 0 if self.request.problem.varlen else tensor.stride(0)
+            values[f"{name}_stride_batch"] = 0 if self.request.problem.varlen else _stride(tensor, 0)
         return values
 
 
@@ -352,11 +358,17 @@ class DecodeKernelPlan(KernelPlan):
             "slot_rows": self.slot_rows,
             "num_splits": self.num_splits,
             "ctas": self.target.sms,
-            "q_stride_batch": q.stride(0),
-            "k_stride_block": k.stride(0),
-            "v_stride_block": v.stride(0),
-            "out_stride_batch": out.stride(0),
+            "q_stride_batch": _stride(q, 0),
+            "k_stride_block": _stride(k, 0),
+            "v_stride_block": _stride(v, 0),
+            "out_stride_batch": _stride(out, 0),
         }
+
+
+def _stride(tensor: torch.Tensor, dim: int) -> int:
+    """In elements. That of a dimension of size 1 means nothing and may be anything: TMA wants a multiple of 16 bytes,
+    as every row's length is one."""
+    return tensor.stride(dim) if tensor.shape[dim] > 1 else tensor.shape[-1]
 
 
 # ---- Where it runs -----------------------------------------------------------------------------------------------

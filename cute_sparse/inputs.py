@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import numbers
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from cute_sparse import threshold as thresholds
-from cute_sparse.problem import Mask, Problem, check_head_dims
+from cute_sparse.problem import HEAD_DIM_MULTIPLE, Mask, Problem, check_head_dims
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ALIGNMENT_BYTES = 16  # of a TMA transfer: every row starts on a multiple of it
 ELEMENTS_MAX = 2**31 - 1  # reached by 32-bit element offsets
+TOKENS_MAX = ELEMENTS_MAX // HEAD_DIM_MULTIPLE  # of a sequence: more would not fit into ELEMENTS_MAX
+FLOAT32_MAX = torch.finfo(torch.float32).max
 SEQLEN_Q_MAX = 16  # queries per sequence of a decode call
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
@@ -88,9 +93,9 @@ def check_attention(
         total_q, total_k = batch * seqlen_q, batch * seqlen_k
     heads_q, head_dim = q.shape[-2:]
     heads_kv, head_dim_v = v.shape[-2:]
+    check_flags(causal=causal, return_lse=return_lse, return_stats=return_stats)
     mask, left, right = band(causal, window_size, seqlen_q, seqlen_k)
-    softmax_scale = _checked_scale(softmax_scale, head_dim)
-    _check_softcap(softcap)
+    softmax_scale, softcap = _checked_scale(softmax_scale, head_dim), _checked_softcap(softcap)
     lambdas = thresholds.resolve(threshold, batch, heads_q, q.device)
     if cu_seqlens_q is not None:
         check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, total_q, total_k, seqlen_q, seqlen_k)
@@ -103,15 +108,15 @@ def check_attention(
         varlen=varlen,
         softcap=softcap > 0,
         sparsity=None if lambdas is None else "threshold",
-        return_lse=bool(return_lse),
-        return_stats=bool(return_stats),
+        return_lse=return_lse,
+        return_stats=return_stats,
     )
     request = Request(
         problem, q.device, batch, heads_q, heads_kv, seqlen_q, seqlen_k, total_q, total_k,
-        left, right, float(softmax_scale), float(softcap), lambdas,
+        left, right, softmax_scale, softcap, lambdas,
     )  # fmt: skip
     if out is not None:
-        _check_out(out, request, q.dtype, (q, k, v))
+        _check_out(out, request, q.dtype)
     return request
 
 
@@ -194,13 +199,13 @@ def check_decode(
     capacity = page_table.shape[1] * block_tokens if paged else block_tokens
     if capacity > ELEMENTS_MAX:
         raise NotImplementedError(f"a sequence can have {capacity} keys; at most 2**31 - 1 are supported")
+    check_flags(causal=causal, share_max=share_max, return_lse=return_lse, return_stats=return_stats)
     mask, left, right = band(causal, window_size, seqlen_q, capacity)
-    softmax_scale = _checked_scale(softmax_scale, head_dim)
-    _check_softcap(softcap)
+    softmax_scale, softcap = _checked_scale(softmax_scale, head_dim), _checked_softcap(softcap)
     lambdas = thresholds.resolve(threshold, batch, heads_q, q.device)
     if share_max and lambdas is None:
         raise ValueError(f"{share_max=} needs a threshold: splits share their maxima to skip more tiles")
-    if num_splits is not None and (isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 1):
+    if num_splits is not None and not (_is_integer(num_splits) and num_splits >= 1):
         raise ValueError(f"{num_splits=} must be a positive integer, or None for as many as keep the device busy")
     problem = Problem(
         kind="decode",
@@ -210,18 +215,18 @@ def check_decode(
         mask=mask,
         softcap=softcap > 0,
         sparsity=None if lambdas is None else "threshold",
-        return_lse=bool(return_lse),
-        return_stats=bool(return_stats),
+        return_lse=return_lse,
+        return_stats=return_stats,
         page_size=block_tokens if paged else 0,
-        share_max=bool(share_max),
+        share_max=share_max,
     )
     request = DecodeRequest(
         problem, q.device, batch, heads_q, heads_kv, seqlen_q, capacity, blocks, left, right,
-        float(softmax_scale), float(softcap), lambdas, num_splits or 0,
+        softmax_scale, softcap, lambdas, int(num_splits or 0),
     )  # fmt: skip
     check_decode_values(request, seqused_k, page_table)
     if out is not None:
-        _check_out(out, request, q.dtype, (q, k_cache, v_cache))
+        _check_out(out, request, q.dtype)
     return request
 
 
@@ -270,16 +275,35 @@ def check_decode_values(request: DecodeRequest, seqused_k: torch.Tensor, page_ta
                 raise ValueError(f"page_table[{index}, {page}]={number}, but there are {request.blocks} pages")
 
 
+def check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be True or False")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _number(name: str, value: float) -> float:
+    """A tensor is none: a plan would keep the value it had at the first call, and on a GPU reading it would wait."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
+    return float(value)
+
+
 def _checked_scale(softmax_scale: float | None, head_dim: int) -> float:
-    softmax_scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    if not (softmax_scale > 0 and math.isfinite(softmax_scale)):
-        raise ValueError(f"{softmax_scale=} must be positive and finite")
-    return softmax_scale
+    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else _number("softmax_scale", softmax_scale)
+    if not 0 < scale <= FLOAT32_MAX:
+        raise ValueError(f"{softmax_scale=} must be positive and finite, in float32")
+    return scale
 
 
-def _check_softcap(softcap: float) -> None:
-    if not (softcap >= 0 and math.isfinite(softcap)):
-        raise ValueError(f"{softcap=} must be finite and not negative; 0 means none")
+def _checked_softcap(softcap: float) -> float:
+    cap = _number("softcap", softcap)
+    if not 0 <= cap <= FLOAT32_MAX:
+        raise ValueError(f"{softcap=} must be finite, in float32, and not negative; 0 means none")
+    return cap
 
 
 def band(
@@ -301,17 +325,19 @@ def band(
 
 
 def _half_width(value: int | None, window_size) -> int | None:
-    if value is None or value == -1:
+    if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if not _is_integer(value) or value < -1:
         raise ValueError(f"{window_size=} must hold integers from 0, or None or -1 for unbounded")
-    return value
+    return None if value == -1 else int(value)
 
 
 def _length(value: int | None, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if not _is_integer(value) or value < 0:
         raise ValueError(f"{name}={value!r} must be an integer that is not negative")
-    return value
+    if value > TOKENS_MAX:
+        raise NotImplementedError(f"{name}={value}; sequences of at most {TOKENS_MAX} tokens are supported")
+    return int(value)
 
 
 def _check_tensors(named: dict[str, torch.Tensor], rank: int, layout: str) -> None:
@@ -320,6 +346,9 @@ def _check_tensors(named: dict[str, torch.Tensor], rank: int, layout: str) -> No
     for name, tensor in named.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else tensor.layout
+            raise NotImplementedError(f"{name} is a {layout} tensor; supported are dense ones with strides")
         if tensor.dim() != rank:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have {rank} dimensions {layout}")
     for name, tensor in named.items():
@@ -418,9 +447,7 @@ def check_cu_seqlens_values(
             raise ValueError(f"max_seqlen_{side}={longest} is less than the longest sequence, {max(lengths)}")
 
 
-def _check_out(
-    out: torch.Tensor, request: Request | DecodeRequest, dtype: torch.dtype, inputs: tuple[torch.Tensor, ...]
-) -> None:
+def _check_out(out: torch.Tensor, request: Request | DecodeRequest, dtype: torch.dtype) -> None:
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"out is a {type(out).__name__}; it must be a torch.Tensor")
     if tuple(out.shape) != request.out_shape:
@@ -432,7 +459,53 @@ def _check_out(
     if torch.is_grad_enabled() and out.requires_grad:
         raise NotImplementedError("out requires grad; there is no backward pass yet")
     _check_memory("out", out)
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"out has strides {out.stride()}; elements of it share memory")
-    if out.numel() and any(out.data_ptr() == tensor.data_ptr() for tensor in inputs):
-        raise ValueError("out starts at the address of an input; it must have memory of its own")
+    reach = 1  # elements from the first to the last of the dimensions so far, the innermost first
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(f"out has strides {out.stride()}; elements of it share memory")
+        reach += (size - 1) * stride
+
+
+def check_out_apart(out: torch.Tensor, inputs: tuple[torch.Tensor, ...], spans: tuple[int, ...]) -> None:
+    """Refuse an `out` that shares memory with an input. Addresses are no part of a plan: at every call.
+
+    spans  `span_bytes` of out and of the inputs
+    """
+    begin = out.data_ptr()
+    end = begin + spans[0]
+    for tensor, span in zip(inputs, spans[1:], strict=True):
+        first = tensor.data_ptr()
+        if begin < first + span and first < end and _overlap(begin - first, *_layout(out), *_layout(tensor)):
+            raise ValueError("out shares memory with an input; it must have memory of its own")
+
+
+def span_bytes(tensor: torch.Tensor) -> int:
+    """From a tensor's first byte to its last, 0 where it has none."""
+    if tensor.numel() == 0:
+        return 0
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.element_size()
+
+
+def _layout(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.element_size(), tensor.shape, tensor.stride()
+
+
+@functools.lru_cache(maxsize=1024)
+def _overlap(distance: int, *layouts) -> bool:
+    """Whether two tensors, the first so many bytes behind the second, share a byte; each an element size in bytes,
+    a shape, and strides in elements."""
+    size, shape, strides, other_size, other_shape, other_strides = layouts
+    middle = 2**62  # an address that nobody looks at
+    memories = _Memory(middle + distance, size, shape, strides), _Memory(middle, other_size, other_shape, other_strides)
+    return np.shares_memory(*memories)
+
+
+class _Memory:
+    """Addresses as NumPy takes them."""
+
+    def __init__(self, address: int, size: int, shape: torch.Size, strides: tuple[int, ...]) -> None:
+        self.__array_interface__ = dict(
+            version=3, typestr=f"|V{size}", data=(address, False), shape=tuple(shape),
+            strides=tuple(stride * size for stride in strides),
+        )  # fmt: skip

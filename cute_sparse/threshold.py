@@ -8,10 +8,12 @@ new maximum would be dropped (BLASST, arXiv 2512.12087).
 from __future__ import annotations
 
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
 
+EXPONENT_MAX = 300.0  # of a threshold model's b: exp(b) is a finite double
 FORMS = "None, a number, or an fp32 tensor of shape (batch,), (heads_q,), (batch, heads_q), (batch, 1) or (1, heads_q)"
 
 
@@ -44,7 +46,7 @@ def resolve(
         return None
     if isinstance(threshold, torch.Tensor):
         return _resolve_tensor(threshold, batch, heads_q, device)
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
         raise TypeError(f"threshold is a {type(threshold).__name__}; it must be {FORMS}")
     if not 0.0 < threshold <= 1.0:
         raise ValueError(f"{threshold=} must be in (0, 1]")
@@ -120,6 +122,6 @@ def threshold_from_model(
     """
     if not 0.0 <= target_sparsity <= 1.0:
         raise ValueError(f"{target_sparsity=} must be in [0, 1]")
-    if not (a > 0 and math.isfinite(a) and math.isfinite(b)):
-        raise ValueError(f"{a=} must be positive and finite, {b=} finite")
+    if not (a > 0 and math.isfinite(a) and abs(b) <= EXPONENT_MAX):
+        raise ValueError(f"{a=} must be positive and finite, {b=} must lie within +-{EXPONENT_MAX:g}")
     return threshold_from_scale_factor(a * math.exp(b * target_sparsity), seqlen_k)

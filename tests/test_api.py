@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,8 @@ def huge():
 
 
 Q, K, V = tensors()
+ROOM = bf16(3, 20, 4, 16)
+JAGGED = torch.nested.nested_tensor([V[0], V[0, :5]], layout=torch.jagged)
 BAD = {
     "q is no tensor": (dict(q=[1.0]), TypeError, "q is a list"),
     "q of rank 3": (dict(q=bf16(20, 4, 16)), ValueError, r"q has shape \(20, 4, 16\); it must have 4 dimensions"),
@@ -102,22 +105,40 @@ BAD = {
     "lambda on another device": (dict(threshold=torch.ones(2, device="meta")), ValueError, "threshold .*meta.*cpu"),
     "lambda 0 in a tensor": (dict(threshold=torch.tensor([0.1, 0.0])), ValueError, r"holds 0.0; .*\(0, 1\]"),
     "lambda requires grad": (dict(threshold=torch.ones(2, requires_grad=True)), NotImplementedError, "threshold"),
+    "sparse": (dict(q=Q.to_sparse()), NotImplementedError, "q is a torch.sparse_coo tensor"),
+    "nested": (dict(v=JAGGED), NotImplementedError, "v is a nested tensor"),
     "scale 0": (dict(softmax_scale=0.0), ValueError, "softmax_scale=0.0 must be positive and finite"),
     "scale negative": (dict(softmax_scale=-1.0), ValueError, "softmax_scale=-1.0 must be positive"),
+    "scale too large": (dict(softmax_scale=1e39), ValueError, r"softmax_scale=1e\+39 .* finite, in float32"),
+    "scale a tensor": (dict(softmax_scale=torch.tensor(0.5)), TypeError, "softmax_scale is a Tensor.* a number"),
+    "scale a string": (dict(softmax_scale="0.5"), TypeError, "softmax_scale is a str.* a number"),
+    "softcap None": (dict(softcap=None), TypeError, "softcap is a NoneType.* a number"),
+    "softcap a tensor": (dict(softcap=torch.tensor(20.0)), TypeError, "softcap is a Tensor.* a number"),
+    "causal a string": (dict(causal="no"), TypeError, "causal is a str.* True or False"),
+    "causal a tensor": (dict(causal=torch.tensor(True)), TypeError, "causal is a Tensor.* True or False"),
+    "return_lse None": (dict(return_lse=None), TypeError, "return_lse is a NoneType.* True or False"),
+    "return_stats a number": (dict(return_stats=1), TypeError, "return_stats is a int.* True or False"),
     "scale NaN": (dict(softmax_scale=math.nan), ValueError, "softmax_scale=nan must be positive"),
-    "softcap negative": (dict(softcap=-1.0), ValueError, "softcap=-1.0 must be finite and not negative"),
+    "softcap negative": (dict(softcap=-1.0), ValueError, "softcap=-1.0 must be finite, .*not negative"),
     "softcap infinite": (dict(softcap=math.inf), ValueError, "softcap=inf must be finite"),
     "window no pair": (dict(window_size=5), ValueError, "window_size=5 must be a pair"),
     "window of three": (dict(window_size=(1, 2, 3)), ValueError, "must be a pair"),
     "window below -1": (dict(window_size=(-2, 0)), ValueError, r"window_size=\(-2, 0\)"),
     "window of a fraction": (dict(window_size=(1.5, 0)), ValueError, r"window_size=\(1.5, 0\)"),
+    "window a tensor": (dict(window_size=torch.tensor([-1, -1])), ValueError, r"window_size=tensor"),
+    "window of a bool": (dict(window_size=(True, 0)), ValueError, r"window_size=\(True, 0\)"),
     "out no tensor": (dict(out=3), TypeError, "out is a int"),
     "out of a wrong shape": (dict(out=bf16(2, 20, 4, 8)), ValueError, r"out has shape .* must be \(2, 20, 4, 16\)"),
     "out of a wrong dtype": (dict(out=bf16(2, 20, 4, 16).half()), ValueError, "out has dtype torch.float16"),
     "out on another device": (dict(out=bf16(2, 20, 4, 16).to("meta")), ValueError, "out is on meta"),
     "out with a wrong stride": (dict(out=bf16(2, 20, 16, 4).transpose(2, 3)), ValueError, "out has strides"),
     "out on its own memory": (dict(out=bf16(2, 20, 1, 16).expand(2, 20, 4, 16)), ValueError, "out .*share memory"),
+    "rows of out overlap": (dict(out=bf16(2600).as_strided((2, 20, 4, 16), (1280, 64, 8, 1))), ValueError, "share mem"),
     "out on q": (dict(q=Q, out=Q), ValueError, "out .*memory of its own"),
+    "out on a part of q": (dict(q=ROOM[:2], out=ROOM[1:]), ValueError, "out .*memory of its own"),
+    "out on rows of v": (
+        dict(v=ROOM[:2].view(2, 40, 2, 16)[:, 10:], out=ROOM[:2]), ValueError, "out .*memory of its own",
+    ),
     "an unknown option": (dict(dropout_p=0.1), TypeError, "dropout_p"),
 }
 
@@ -145,6 +166,8 @@ BAD_VARLEN = {
     "max_seqlen_k too small": (dict(max_seqlen_k=24), ValueError, "max_seqlen_k=24 is less .*25"),
     "max_seqlen_q missing": (dict(max_seqlen_q=None), ValueError, "max_seqlen_q=None"),
     "max_seqlen_k negative": (dict(max_seqlen_k=-1), ValueError, "max_seqlen_k=-1"),
+    "max_seqlen_k a tensor": (dict(max_seqlen_k=int32(25)[0]), ValueError, "max_seqlen_k=tensor.* an integer"),
+    "max_seqlen_k over 2^28": (dict(max_seqlen_k=2**33), NotImplementedError, "max_seqlen_k=8589934592; .*268435455"),
     "heads do not divide": (dict(k=bf16(40, 3, 16), v=bf16(40, 3, 16)), ValueError, "heads_q=4 .* heads_kv=3"),
     "out of a wrong shape": (dict(out=bf16(31, 4, 16)), ValueError, r"out has shape .*\(30, 4, 16\)"),
 }
@@ -197,6 +220,7 @@ BAD_DECODE = {
     "no split": (dict(num_splits=0), ValueError, "num_splits=0 must be a positive integer, or None"),
     "splits a fraction": (dict(num_splits=2.0), ValueError, "num_splits=2.0 must be a positive integer"),
     "splits a bool": (dict(num_splits=True), ValueError, "num_splits=True must be a positive integer"),
+    "share_max a string": (dict(share_max="no", threshold=0.1), TypeError, "share_max is a str.* True or False"),
     "maxima shared without a threshold": (dict(share_max=True), ValueError, "share_max=True needs a threshold"),
     "lambda above 1": (dict(threshold=1.5), ValueError, r"threshold=1.5 must be in \(0, 1\]"),
     "lambda of a wrong shape": (dict(threshold=torch.full((3,), 0.1)), ValueError, r"threshold .*shape \(3,\)"),
@@ -289,6 +313,36 @@ def test_a_bad_value_is_found_also_when_the_same_shapes_were_checked_before():
         call(q=q.requires_grad_())
     with pytest.raises(NotImplementedError, match="q requires grad"):
         call(q=q)
+
+
+def test_an_out_that_lies_on_an_input_is_found_also_when_the_same_shapes_were_checked_before():
+    q, _, _ = tensors()
+    call(q=q, out=torch.empty_like(q))
+    with pytest.raises(ValueError, match="out .*memory of its own"):
+        call(q=q, out=q)
+
+
+def test_out_may_lie_between_the_inputs():
+    """As a fourth slice of one projection: their addresses alternate."""
+    q, _, _ = tensors()
+    fused = torch.zeros(2, 20, 8, 16, dtype=torch.bfloat16)
+    fused[:, :, :4] = q
+    torch.testing.assert_close(call(q=fused[:, :, :4], out=fused[:, :, 4:]), call())
+
+
+@pytest.mark.parametrize("name, value, equal", [("threshold", 1, True), ("causal", True, 1)])
+def test_an_equal_value_of_a_wrong_type_is_refused_also_after_the_right_one(name, value, equal):
+    call(**{name: value})
+    with pytest.raises(TypeError, match=name):
+        call(**{name: equal})
+
+
+def test_numpy_s_numbers_are_numbers():
+    same = dict(softmax_scale=0.5, softcap=8.0, window_size=(5, 3), threshold=0.25)
+    numpy = dict(softmax_scale=np.float32(0.5), softcap=np.float64(8), window_size=(np.int64(5), np.int32(3)))
+    torch.testing.assert_close(call(**numpy, threshold=np.float32(0.25)), call(**same))
+    torch.testing.assert_close(call_varlen(max_seqlen_q=np.int64(20), max_seqlen_k=np.int32(25)), call_varlen())
+    torch.testing.assert_close(call_decode(num_splits=np.int64(2)), call_decode(num_splits=2))
 
 
 def test_a_device_without_a_kernel_is_named():

@@ -145,6 +145,16 @@ def test_what_is_not_asked_for_is_a_null_pointer(kernel):
     assert values["window_left"] == 8 and values["window_right"] == 8
 
 
+def test_strides_of_single_rows_heads_and_sequences_are_aligned(decode_kernel):
+    """What torch reports of a dimension of size 1 means nothing, but TMA refuses strides that are not 16-byte ones."""
+    q = bf16(200).as_strided((1, 1, 1, 64), (3, 5, 7, 1))
+    cute_sparse.decode(q, q, q, seqused_k=int32(1))
+    (values,) = decode_kernel.calls
+    strides = [f"{name}_stride_{dim}" for name in ("q", "out") for dim in ("batch", "seq", "head")]
+    strides += [f"{name}_stride_{dim}" for name in "kv" for dim in ("block", "seq", "head")]
+    assert {values[name] for name in strides} == {64}
+
+
 def test_packed_operands(kernel):
     q, k = bf16(50, 4, 64), bf16(70, 2, 64)
     cu_q, cu_k = (torch.tensor(values, dtype=torch.int32) for values in ([0, 20, 50], [0, 0, 70]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ def test_none_stays_none():
     assert resolve(None, 2, 3, CPU) is None
 
 
-@pytest.mark.parametrize("value", [1e-30, 1e-3, 0.5, 1.0, 1])
+@pytest.mark.parametrize("value", [1e-30, 1e-3, 0.5, 1.0, 1, np.float32(0.5)])
 def test_a_number_becomes_log2(value):
     got = resolve(value, 2, 3, CPU)
     assert got.tensor is None and got.log2 == math.log2(value)
@@ -29,7 +30,7 @@ def test_a_number_outside_zero_to_one_is_refused(value):
         resolve(value, 2, 3, CPU)
 
 
-@pytest.mark.parametrize("value", ["0.1", True, [0.1], 1j])
+@pytest.mark.parametrize("value", ["0.1", True, np.True_, [0.1], 1j])
 def test_another_type_is_refused(value):
     with pytest.raises(TypeError, match=type(value).__name__):
         resolve(value, 2, 3, CPU)
@@ -124,6 +125,8 @@ def test_the_calibrated_model():
         lambda: threshold_from_scale_factor(1.0, -1),
         lambda: threshold_from_model(0.0, 1.0, 0.5, 10),
         lambda: threshold_from_model(1.0, math.nan, 0.5, 10),
+        lambda: threshold_from_model(1.0, 1e4, 0.9, 10),
+        lambda: threshold_from_model(1.0, -1e4, 0.9, 10),
         lambda: threshold_from_model(1.0, 1.0, 1.5, 10),
         lambda: threshold_from_model(1.0, 1.0, math.nan, 10),
     ],
