@@ -151,7 +151,7 @@ def _state_of_nvml() -> dict[str, float]:
     except (pynvml.NVMLError, AttributeError):
         return {}
     for name, read in reads.items():
-        with contextlib.suppress(pynvml.NVMLError):
+        with contextlib.suppress(pynvml.NVMLError, AttributeError):  # what this GPU, or this version, does not tell
             found[name] = float(read(gpu))
     return found
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from dataclasses import asdict, replace
 
 import pytest
@@ -129,6 +131,23 @@ def test_the_state_is_read_before_the_calls_and_while_they_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
     assert timing.state_under_load(lambda: events.append("call"), timing.LOAD_MS / 3) == {"power": 5.0}
     assert events == ["state", "call", "call", "call", "state", "synchronize"]
+
+
+def test_what_nvml_does_not_know_is_absent(monkeypatch):
+    class Failed(Exception):
+        pass
+
+    def power(gpu):
+        raise Failed
+
+    nvml = types.SimpleNamespace(
+        NVMLError=Failed, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid, nvmlDeviceGetPowerUsage=power,
+        nvmlDeviceGetClockInfo=lambda gpu, clock: 1000 * clock if gpu == "GPU-12-34" else 0,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(uuid="12-34"))
+    assert timing.gpu_state() == {"sm_clock": 1000.0, "memory_clock": 2000.0}
 
 
 def test_what_nvidia_smi_does_not_know_is_absent(monkeypatch):
@@ -367,6 +386,20 @@ def test_under_a_profiler_nothing_is_timed(tmp_path, quick, monkeypatch):
     run.run("tiny", SHAPE, None)
     assert captured == ["tiny, cute_sparse, dense"] and not run.timer.order
     assert {row.metric for row in written(tmp_path)} == {"error"}
+
+
+def test_what_a_profiler_records_lies_between_marks(monkeypatch):
+    from cute_sparse import emulator
+
+    events = []
+    with emulator.device("sm_90a", torch_cuda=True):
+        runtime = torch.cuda.cudart()
+        monkeypatch.setattr(runtime, "cudaProfilerStart", lambda: events.append("start"))
+        monkeypatch.setattr(runtime, "cudaProfilerStop", lambda: events.append("stop"))
+        with pytest.raises(ValueError, match="of the call"), timing.captured("a call"):
+            events.append("call")
+            raise ValueError("of the call")
+    assert events == ["start", "call", "stop"]
 
 
 # ---- Peers ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -319,6 +320,10 @@ class Event:
     def wait(self, stream: Any = None) -> None: ...
 
 
+# Of torch.cuda.cudart(): a script may say which part of it a profiler is to record.
+PROFILER = SimpleNamespace(cudaProfilerStart=lambda: 0, cudaProfilerStop=lambda: 0)
+
+
 class Generator(torch.Generator):
     """torch.Generator that takes device="cuda": CUDA's random numbers are the CPU generator's here."""
 
@@ -393,6 +398,7 @@ def _torch_cuda_module(device: Device, patches: Patches) -> None:
         "mem_get_info": of_device((MEMORY_BYTES, MEMORY_BYTES)),
         "memory_stats": of_device({}),
         "memory_summary": lambda device=None, abbreviated=False: "emulated: tensors are in host memory",
+        "cudart": lambda: PROFILER,
         "CUDAGraph": _unsupported("torch.cuda.CUDAGraph"),
         "graph": _unsupported("torch.cuda.graph"),
         "make_graphed_callables": _unsupported("torch.cuda.make_graphed_callables"),
