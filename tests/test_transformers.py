@@ -71,6 +71,41 @@ def test_a_causal_window_is_recognised():
     assert integration.padding_mask(1, 16, 16, mask_function=window, local_size=5) is None
 
 
+@pytest.mark.parametrize("lengths", [(10,), (7, 1, 1, 1)], ids=["at once", "token by token"])
+def test_a_causal_model_with_a_cache_agrees_with_eager_attention(lengths):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    token_ids = torch.randint(0, 50, (2, 10))
+    integration.register()
+
+    def logits(implementation, make_cache):
+        model.set_attn_implementation(implementation)
+        cache = make_cache()
+        with torch.no_grad():
+            steps = [model(part, past_key_values=cache).logits for part in token_ids.split(lengths, dim=1)]
+        return torch.cat(steps, dim=1)
+
+    def growing():
+        return transformers.DynamicCache(config=config)
+
+    torch.testing.assert_close(logits(integration.NAME, growing), logits("eager", growing), rtol=0, atol=2e-3)
+    with pytest.raises(NotImplementedError, match="StaticCache"):
+        logits(integration.NAME, lambda: transformers.StaticCache(config=config, max_cache_len=40))
+
+
+@pytest.mark.parametrize("name", integration.UNSUPPORTED_OPTIONS)
+def test_options_that_would_change_the_result_are_refused(name):
+    integration.register()
+    q = torch.zeros(1, 2, 4, 16)
+    attend = transformers.AttentionInterface()[integration.NAME]
+    with pytest.raises(NotImplementedError, match=f"{name} of Linear"):
+        attend(torch.nn.Linear(1, 1), q, q, q, None, is_causal=True, **{name: torch.zeros(1)})
+
+
 def test_dropout_is_refused(tokens):
     integration.register()
     model = load(attn_implementation=integration.NAME).train()

@@ -22,6 +22,8 @@ import cute_sparse
 
 NAME = "cute_sparse"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+# Of transformers' attention functions: what would change the result.
+UNSUPPORTED_OPTIONS = ("position_bias", "s_aux", "head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
 PROBED_ROWS = 16  # query rows on which a model's mask is compared with the band that the kernels apply
 
 
@@ -56,7 +58,8 @@ def padding_mask(
     """transformers' mask hook: bool (batch, kv_length) of the tokens that are not padding, None where all are.
 
     Causality and windows are the kernels' own. A model whose mask is neither bidirectional, causal nor a causal
-    window (chunks, prefixes, packed documents) raises NotImplementedError rather than run with another mask.
+    window (chunks, prefixes, packed documents), or a cache with room behind the last token (StaticCache), raises
+    NotImplementedError rather than run with another mask.
     """
     mask_function = options.get("mask_function")
     if mask_function is not None and kv_length:
@@ -71,13 +74,15 @@ def _check_is_band(mask_function, q_length, kv_length, q_offset, kv_offset, wind
     kv_idx = torch.arange(kv_offset, kv_offset + kv_length)[None, :]
     zero = torch.zeros((), dtype=torch.long)
     visible = torch.as_tensor(mask_function(zero, zero, q_idx, kv_idx)).expand(q_idx.shape[0], kv_idx.shape[1]).cpu()
-    causal = kv_idx <= q_idx
+    diagonal = q_idx + (kv_offset + kv_length) - (q_offset + q_length)  # the kernels': the last query's is the last key
+    causal = kv_idx <= diagonal
     bands = [torch.ones_like(causal), causal]
     if window is not None:
-        bands.append(causal & (kv_idx > q_idx - window))
+        bands.append(causal & (kv_idx > diagonal - window))
     if not any(torch.equal(visible, band) for band in bands):
         raise NotImplementedError(
-            "this model's attention mask is not supported; supported are bidirectional, causal and causal windows"
+            "this model's attention mask is not supported; supported are bidirectional, causal and causal windows, "
+            "where the last query's own key is the last one (not so in a StaticCache)"
         )
 
 
@@ -86,7 +91,7 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout, is_caus
     """query (batch, heads_q, seqlen_q, head_dim), key and value likewise -> (batch, seqlen_q, heads_q, head_dim_v)."""
     if dropout:
         raise NotImplementedError(f"{dropout=} is not supported; supported is 0")
-    unsupported = [name for name in ("position_bias", "s_aux", "head_mask", "cache") if options.get(name) is not None]
+    unsupported = [name for name in UNSUPPORTED_OPTIONS if options.get(name) is not None]
     if options.get("output_attentions"):
         unsupported.append("output_attentions")
     if unsupported:
