@@ -17,6 +17,7 @@ def attention(
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
     softcap: float = 0.0,
+    learnable_sink: torch.Tensor | None = None,
     threshold: float | torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
@@ -31,6 +32,8 @@ def attention(
     causal     key j is visible to query i where j <= i + seqlen_k - seqlen_q (aligned bottom-right)
     window_size  (left, right) keys around that diagonal, None or -1 unbounded; causal sets right to 0
     softcap    scores become softcap * tanh(score / softcap); 0: not
+    learnable_sink  fp32 (heads_q,): a logit of each head that takes its share of the softmax and has no value; it is
+               part of lse, and not of the running maximum that a threshold compares with. None: there is none
     threshold  lambda in (0, 1]: a tile of keys is skipped where, for every query row of a group, its largest score
                lies more than -ln(lambda) below the row's running maximum (BLASST, arXiv 2512.12087). None: dense. A
                number, or an fp32 tensor (batch,), (heads_q,), (batch, heads_q), (batch, 1) or (1, heads_q); see
@@ -39,7 +42,8 @@ def attention(
     out        memory for the result, (batch, seqlen_q, heads_q, head_dim_v), not overlapping q, k, v
     return_lse, return_stats  return an `AttentionOutput` with the log-sum-exp, or with counts and the skip map
 
-    A row that sees no key gives 0 and lse -inf. NaN and infinities propagate as in PyTorch's attention.
+    A row that sees no key gives 0, and lse -inf or its head's sink. NaN and infinities propagate as in PyTorch's
+    attention.
     CUDA tensors run on Hopper (9.0) and Blackwell (10.0, 10.3); CPU tensors run the reference, or the kernels in the
     emulator within `cute_sparse.emulated`.
 
@@ -47,8 +51,8 @@ def attention(
     and RuntimeError for a device that no kernel runs on.
     """
     options = dict(
-        softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, threshold=threshold,
-        out=out, return_lse=return_lse, return_stats=return_stats,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+        learnable_sink=learnable_sink, threshold=threshold, out=out, return_lse=return_lse, return_stats=return_stats,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return operators.traced("attention", q, k, v, options)
@@ -68,6 +72,7 @@ def attention_varlen(
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
     softcap: float = 0.0,
+    learnable_sink: torch.Tensor | None = None,
     threshold: float | torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
@@ -84,9 +89,10 @@ def attention_varlen(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise TypeError("attention_varlen needs cu_seqlens_q and cu_seqlens_k; attention takes unpacked tensors")
     options = dict(
-        softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, threshold=threshold,
-        out=out, return_lse=return_lse, return_stats=return_stats, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+        learnable_sink=learnable_sink, threshold=threshold, out=out, return_lse=return_lse,
+        return_stats=return_stats, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return operators.traced("attention_varlen", q, k, v, options)
@@ -104,6 +110,7 @@ def decode(
     causal: bool = True,
     window_size: tuple[int | None, int | None] = (None, None),
     softcap: float = 0.0,
+    learnable_sink: torch.Tensor | None = None,
     threshold: float | torch.Tensor | None = None,
     num_splits: int | None = None,
     share_max: bool = False,
@@ -138,8 +145,8 @@ def decode(
     """
     options = dict(
         seqused_k=seqused_k, page_table=page_table, softmax_scale=softmax_scale, causal=causal,
-        window_size=window_size, softcap=softcap, threshold=threshold, num_splits=num_splits, share_max=share_max,
-        out=out, return_lse=return_lse, return_stats=return_stats,
+        window_size=window_size, softcap=softcap, learnable_sink=learnable_sink, threshold=threshold,
+        num_splits=num_splits, share_max=share_max, out=out, return_lse=return_lse, return_stats=return_stats,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return operators.traced("decode", q, k_cache, v_cache, options)

@@ -55,7 +55,8 @@ class AttentionOutput(NamedTuple):
     """What attention returns where more than the output was asked for; what was not asked for is None.
 
     out    like q, with v's head dim
-    lse    fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q): natural log of the sum of the kept exponentials
+    lse    fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q): natural log of the sum of the kept exponentials,
+           a learnable sink's among them
     stats  `Stats`, or of a decode call `DecodeStats`
     """
 
@@ -67,21 +68,23 @@ class AttentionOutput(NamedTuple):
 @nvtx.annotate("attention", domain="cute_sparse")
 def attention(q, k, v, options: dict) -> torch.Tensor | AttentionOutput:
     plan = dispatch.plan_attention(q, k, v, options)
-    return _answer(plan.run(q, k, v, options["out"], options["threshold"], None, None), plan.geometry, options)
+    result = plan.run(q, k, v, options["out"], options["threshold"], options["learnable_sink"], None, None)
+    return _answer(result, plan.geometry, options)
 
 
 @nvtx.annotate("attention_varlen", domain="cute_sparse")
 def attention_varlen(q, k, v, options: dict) -> torch.Tensor | AttentionOutput:
     plan = dispatch.plan_attention(q, k, v, options)
     sequences = options["cu_seqlens_q"], options["cu_seqlens_k"]
-    return _answer(plan.run(q, k, v, options["out"], options["threshold"], *sequences), plan.geometry, options)
+    result = plan.run(q, k, v, options["out"], options["threshold"], options["learnable_sink"], *sequences)
+    return _answer(result, plan.geometry, options)
 
 
 @nvtx.annotate("decode", domain="cute_sparse")
 def decode(q, k_cache, v_cache, options: dict) -> torch.Tensor | AttentionOutput:
     plan = dispatch.plan_decode(q, k_cache, v_cache, options)
     sequences = options["seqused_k"], options["page_table"]
-    result = plan.run(q, k_cache, v_cache, options["out"], options["threshold"], *sequences)
+    result = plan.run(q, k_cache, v_cache, options["out"], options["threshold"], options["learnable_sink"], *sequences)
     return _answer(result, plan.geometry, options, v_cache)
 
 

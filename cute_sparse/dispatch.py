@@ -134,9 +134,9 @@ class ReferencePlan:
     def __init__(self, request: Request) -> None:
         self.request = request
 
-    def run(self, q, k, v, out, given_threshold, cu_seqlens_q, cu_seqlens_k) -> Result:
+    def run(self, q, k, v, out, given_threshold, sink, cu_seqlens_q, cu_seqlens_k) -> Result:
         request, problem = self.request, self.request.problem
-        options = _reference_options(request, given_threshold, self.geometry)
+        options = _reference_options(request, given_threshold, sink, self.geometry)
         if problem.varlen:
             _check_varlen_values(request, cu_seqlens_q, cu_seqlens_k)
             options |= dict(cu_seqlens_q=cu_seqlens_q.tolist(), cu_seqlens_k=cu_seqlens_k.tolist())
@@ -147,7 +147,7 @@ class ReferencePlan:
         return _reference_result(computed, problem, q, out)
 
 
-def _reference_options(request: Request | DecodeRequest, given_threshold, geometry) -> dict:
+def _reference_options(request: Request | DecodeRequest, given_threshold, sink, geometry) -> dict:
     """What `reference.attention` and `reference.decode` are given alike."""
     problem = request.problem
     lambdas = None
@@ -163,6 +163,7 @@ def _reference_options(request: Request | DecodeRequest, given_threshold, geomet
         window_right=None if problem.mask == "full" else request.window_right,
         softcap=request.softcap,
         threshold=lambdas,
+        sink=sink,
         geometry=geometry,
         dtype=torch.float32,
     )
@@ -188,13 +189,13 @@ class DecodeReferencePlan:
         self.request = request
         self.splitting = dict(num_splits=request.num_splits, ctas=1, min_tiles=1)
 
-    def run(self, q, k_cache, v_cache, out, given_threshold, seqused_k, page_table) -> Result:
+    def run(self, q, k_cache, v_cache, out, given_threshold, sink, seqused_k, page_table) -> Result:
         request = self.request
         inputs.check_decode_values(request, seqused_k, page_table)
         computed = reference.decode(
             q, k_cache, v_cache,
             seqused_k=seqused_k.tolist(), page_table=page_table, share_max=request.problem.share_max,
-            **self.splitting, **_reference_options(request, given_threshold, self.geometry),
+            **self.splitting, **_reference_options(request, given_threshold, sink, self.geometry),
         )  # fmt: skip
         return _reference_result(computed, request.problem, q, out)
 
@@ -224,7 +225,7 @@ class KernelPlan:
         self.values_are_near = request.device.type == "cpu"  # in the emulator
         self._constants: tuple[int | float, ...] | None = None
 
-    def run(self, q, k, v, out, given_threshold, *sequences) -> Result:
+    def run(self, q, k, v, out, given_threshold, sink, *sequences) -> Result:
         """`sequences` are the tensors that tell each sequence's place, as the kind of call has them, or None."""
         threshold_tensor = given_threshold if isinstance(given_threshold, torch.Tensor) else None
         if self.values_are_near:
@@ -243,9 +244,9 @@ class KernelPlan:
         elif self.nothing_to_read:
             out.zero_()
             if lse is not None:
-                lse.fill_(-torch.inf)
+                lse.copy_(sink[:, None]) if self.request.problem.sink else lse.fill_(-torch.inf)
         else:
-            self._launch((q, k, v, out, lse, threshold_tensor, *sequences, tile_counts, skip_map))
+            self._launch((q, k, v, out, lse, threshold_tensor, sink, *sequences, tile_counts, skip_map))
         return Result(out, lse, tile_counts, skip_map)
 
     def _launch(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
@@ -349,7 +350,7 @@ class DecodeKernelPlan(KernelPlan):
 
     def _values(self, tensors: tuple[torch.Tensor | None, ...]) -> dict[str, int]:
         q, k, v, out = tensors[:4]
-        page_table = tensors[7]
+        page_table = tensors[self.pointers.index("page_table")]
         return {
             "capacity": self.request.capacity,
             "blocks": self.request.blocks,
@@ -573,6 +574,7 @@ def warmup(
     window: bool = False,
     varlen: bool = False,
     softcap: bool = False,
+    sink: bool = False,
     threshold: bool = False,
     return_lse: bool = False,
     return_stats: bool = False,
@@ -588,8 +590,8 @@ def warmup(
     causal          None: the default of such a call, true only for decode
     page_size       of decode over a paged cache; 0: a cache for each sequence
     share_max       of decode
-    window, softcap, threshold, varlen  whether calls will have one, or be packed; causal together with window is a
-                    window that ends at the diagonal
+    window, softcap, sink, threshold, varlen  whether calls will have one, or be packed; causal together with window
+                    is a window that ends at the diagonal
     device          compile for this CUDA device, and load (before a CUDA graph is captured, this must have been
                     done); None: the current one
     arch            compile for "sm_90a", "sm_100a" or "sm_103a" into the disk cache alone, on a machine with any GPU
@@ -612,6 +614,7 @@ def warmup(
         mask="band" if window else "causal" if causal else "full",
         varlen=varlen,
         softcap=softcap,
+        sink=sink,
         sparsity="threshold" if threshold else None,
         return_lse=return_lse,
         return_stats=return_stats,

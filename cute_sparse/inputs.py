@@ -66,6 +66,7 @@ def check_attention(
     causal: bool,
     window_size: tuple[int | None, int | None],
     softcap: float,
+    learnable_sink: torch.Tensor | None,
     threshold: float | torch.Tensor | None,
     out: torch.Tensor | None,
     return_lse: bool,
@@ -96,6 +97,8 @@ def check_attention(
     check_flags(causal=causal, return_lse=return_lse, return_stats=return_stats)
     mask, left, right = band(causal, window_size, seqlen_q, seqlen_k)
     softmax_scale, softcap = _checked_scale(softmax_scale, head_dim), _checked_softcap(softcap)
+    if learnable_sink is not None:
+        _check_sink(learnable_sink, heads_q, q.device)
     lambdas = thresholds.resolve(threshold, batch, heads_q, q.device)
     if cu_seqlens_q is not None:
         check_cu_seqlens_values(cu_seqlens_q, cu_seqlens_k, total_q, total_k, seqlen_q, seqlen_k)
@@ -107,6 +110,7 @@ def check_attention(
         mask=mask,
         varlen=varlen,
         softcap=softcap > 0,
+        sink=learnable_sink is not None,
         sparsity=None if lambdas is None else "threshold",
         return_lse=return_lse,
         return_stats=return_stats,
@@ -170,6 +174,7 @@ def check_decode(
     causal: bool,
     window_size: tuple[int | None, int | None],
     softcap: float,
+    learnable_sink: torch.Tensor | None,
     threshold: float | torch.Tensor | None,
     num_splits: int | None,
     share_max: bool,
@@ -202,6 +207,8 @@ def check_decode(
     check_flags(causal=causal, share_max=share_max, return_lse=return_lse, return_stats=return_stats)
     mask, left, right = band(causal, window_size, seqlen_q, capacity)
     softmax_scale, softcap = _checked_scale(softmax_scale, head_dim), _checked_softcap(softcap)
+    if learnable_sink is not None:
+        _check_sink(learnable_sink, heads_q, q.device)
     lambdas = thresholds.resolve(threshold, batch, heads_q, q.device)
     if share_max and lambdas is None:
         raise ValueError(f"{share_max=} needs a threshold: splits share their maxima to skip more tiles")
@@ -214,6 +221,7 @@ def check_decode(
         head_dim_v=head_dim_v,
         mask=mask,
         softcap=softcap > 0,
+        sink=learnable_sink is not None,
         sparsity=None if lambdas is None else "threshold",
         return_lse=return_lse,
         return_stats=return_stats,
@@ -304,6 +312,22 @@ def _checked_softcap(softcap: float) -> float:
     if not 0 <= cap <= FLOAT32_MAX:
         raise ValueError(f"{softcap=} must be finite, in float32, and not negative; 0 means none")
     return cap
+
+
+def _check_sink(sink: torch.Tensor, heads_q: int, device: torch.device) -> None:
+    if not isinstance(sink, torch.Tensor):
+        raise TypeError(f"learnable_sink is a {type(sink).__name__}; it must be a torch.Tensor")
+    if sink.dtype != torch.float32:
+        raise ValueError(f"learnable_sink has dtype {sink.dtype}; it must be torch.float32")
+    if tuple(sink.shape) != (heads_q,) or not sink.is_contiguous():
+        raise ValueError(
+            f"learnable_sink has shape {tuple(sink.shape)}, strides {sink.stride()}; it must be ({heads_q=},), "
+            "contiguous"
+        )
+    if sink.device != device:
+        raise ValueError(f"learnable_sink is on {sink.device}, q on {device}; they must share one device")
+    if torch.is_grad_enabled() and sink.requires_grad:
+        raise NotImplementedError("learnable_sink requires grad; there is no backward pass yet")
 
 
 def band(

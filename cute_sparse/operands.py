@@ -27,11 +27,12 @@ PREFILL = (
     # q (batch, seqlen_q, heads_q, head_dim) or (total_q, heads_q, head_dim); k, v, out likewise;
     # lse fp32 (batch, heads_q, seqlen_q) or (heads_q, total_q), contiguous;
     # threshold fp32 lambda, 0 where the scalar threshold_log2 holds; its values are unchecked on a GPU: above 1
-    # counts as 1, NaN or not positive never skips; cu_seqlens int32 (batch + 1,);
+    # counts as 1, NaN or not positive never skips; learnable_sink fp32 (heads_q,); cu_seqlens int32 (batch + 1,);
     # tile_counts int32 (2, batch, heads_q): kept, visited, zeroed by the caller;
     # skip_map uint8 (batch, heads_q, map_rows, map_cols): 0 not visited, 1 kept, 2 skipped; zeroed by the caller;
     # work_counter int32 (2,): the dynamic scheduler's, zero before a launch and left zero by it.
-    _operands("pointer", "q k v out lse threshold cu_seqlens_q cu_seqlens_k tile_counts skip_map work_counter")
+    _operands("pointer", "q k v out lse threshold learnable_sink cu_seqlens_q cu_seqlens_k tile_counts skip_map")
+    + _operands("pointer", "work_counter")
     # seqlen_q and seqlen_k are max_seqlen_q and max_seqlen_k for varlen; total_* are the packed token counts,
     # batch * seqlen otherwise. window_left and window_right (mask "band") lie in [0, seqlen_k] and
     # [0, seqlen_q]; those bounds are exact for an unbounded side, and q_idx + seqlen_k + window_right fits int32.
@@ -48,7 +49,7 @@ PREFILL = (
 DECODE = (
     # q (batch, seqlen_q, heads_q, head_dim); out likewise with head_dim_v; k, v (blocks, block tokens, heads_kv,
     # head_dim[_v]), where a block is a sequence's whole cache, or a page; lse fp32 (batch, heads_q, seqlen_q),
-    # contiguous; threshold as in PREFILL; seqused_k int32 (batch,), counted as at most `capacity`;
+    # contiguous; threshold and learnable_sink as in PREFILL; seqused_k int32 (batch,), counted as at most `capacity`;
     # page_table int32 (batch, max pages), 0 where the caches are contiguous;
     # tile_counts int32 (2, batch, heads_kv): kept, visited, zeroed by the caller;
     # skip_map uint8 (batch, heads_kv, map_rows, map_cols) as in PREFILL, zeroed by the caller.
@@ -58,7 +59,7 @@ DECODE = (
     # arrivals int32 (items,): splits that have written their partial, zero before a launch and left zero by it;
     # shared_max uint32 (items, slot_rows): the largest maximum that a split has published, in an order-preserving
     # code in which 0 means none; zero before a launch and left zero by it.
-    _operands("pointer", "q k v out lse threshold seqused_k page_table tile_counts skip_map")
+    _operands("pointer", "q k v out lse threshold learnable_sink seqused_k page_table tile_counts skip_map")
     + _operands("pointer", "partials arrivals shared_max")
     # capacity: keys a sequence can have, the contiguous cache's tokens or max pages * page_size; blocks: pages, or
     # batch; window_* as in PREFILL, with capacity for seqlen_k; map_rows = ceil(seqlen_q * group / tile_rows),

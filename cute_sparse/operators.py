@@ -17,15 +17,15 @@ import torch
 from cute_sparse import calls
 
 OPTIONS = (
-    "float? softmax_scale, bool causal, SymInt[] window_size, float softcap, Tensor? threshold, "
-    "float? threshold_number, bool return_lse"
+    "float? softmax_scale, bool causal, SymInt[] window_size, float softcap, Tensor? learnable_sink, "
+    "Tensor? threshold, float? threshold_number, bool return_lse"
 )
 UNPACKED = dict(cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None)
 
 
 def traced(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict):
     """`cute_sparse.<name>(q, k, v, **options)`, in code that is being traced."""
-    given = (q, k, v, options["threshold"])
+    given = (q, k, v, options["threshold"], options["learnable_sink"])
     trains = torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in given)
     if options["return_stats"] or trains:
         from cute_sparse import untraced
@@ -79,10 +79,11 @@ def decode(q, k_cache, v_cache, out, *options):
 
 def _run(call: Callable, q, k, v, out, options, **others) -> torch.Tensor:
     """The eager call of an operator's arguments; `options` are the values of OPTIONS."""
-    softmax_scale, causal, window_size, softcap, threshold, threshold_number, return_lse = options
+    softmax_scale, causal, window_size, softcap, learnable_sink, threshold, threshold_number, return_lse = options
     result = call(q, k, v, others | dict(
-        softmax_scale=softmax_scale, causal=causal, window_size=tuple(window_size), softcap=softcap, out=out,
-        threshold=threshold_number if threshold is None else threshold, return_lse=return_lse, return_stats=False,
+        softmax_scale=softmax_scale, causal=causal, window_size=tuple(window_size), softcap=softcap,
+        learnable_sink=learnable_sink, threshold=threshold_number if threshold is None else threshold,
+        out=out, return_lse=return_lse, return_stats=False,
     ))  # fmt: skip
     return result.lse if return_lse else _no_lse(q)
 

@@ -36,6 +36,7 @@ class Problem:
     return_stats  count kept and visited tiles and write the skip map
     page_size   tokens per page of a paged KV cache, 0 where each sequence's cache is contiguous; only for decode
     share_max   the splits of a sequence tell each other their running maxima, and skip more; only for decode
+    sink        each head has a logit without a value, in the softmax's denominator alone
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class Problem:
     return_stats: bool = False
     page_size: int = 0
     share_max: bool = False
+    sink: bool = False
 
     def __post_init__(self) -> None:
         check_head_dims(self.head_dim, self.head_dim_v)
@@ -110,14 +112,14 @@ def required(problem: Problem) -> frozenset[str]:
     """The features a kernel must have in its `SUPPORTS` (a frozenset of these names) to compute `problem`.
 
     dtype:bfloat16 dtype:float16; head_dim:<d> or head_dim:<d>/<dv> (`head_dim_feature`); mask:full
-    mask:causal mask:band; varlen; softcap; sparsity:threshold; lse; stats; page_size:<tokens>; share_max. GQA,
+    mask:causal mask:band; varlen; softcap; sink; sparsity:threshold; lse; stats; page_size:<tokens>; share_max. GQA,
     ragged lengths, rows without keys and empty batches are not features: every kernel has them.
     """
     features = {f"dtype:{problem.dtype}", head_dim_feature(problem.head_dim, problem.head_dim_v)}
     features.add(f"mask:{problem.mask}")
     if problem.sparsity is not None:
         features.add(f"sparsity:{problem.sparsity}")
-    optional = {"varlen": problem.varlen, "softcap": problem.softcap}
+    optional = {"varlen": problem.varlen, "softcap": problem.softcap, "sink": problem.sink}
     optional |= {"lse": problem.return_lse, "stats": problem.return_stats, "share_max": problem.share_max}
     optional |= {f"page_size:{problem.page_size}": problem.page_size > 0}
     return frozenset(features | {name for name, wanted in optional.items() if wanted})

@@ -6,7 +6,8 @@ For each KV tile j of a query row's range, in the order of the geometry,
     skip the tile (for the whole group of rows) by the rule of `TileGeometry`, else
     m' = max(m, rowmax(S_j)); l = l e^(m - m') + rowsum(e^(S_j - m')); O = O e^(m - m') + e^(S_j - m') V_j; m = m'
 
-and at the end out = O / l, lse = m + ln(l), over the kept tiles only (BLASST, arXiv 2512.12087, algorithm 1).
+and at the end out = O / l, lse = m + ln(l), over the kept tiles only (BLASST, arXiv 2512.12087, algorithm 1). A
+learnable sink s adds e^(s - m) to l then, and so takes no part in the decisions.
 It is written for clarity and for tests: float64 by default, on any device that PyTorch has.
 """
 
@@ -77,6 +78,7 @@ def attention(
     window_right: int | None = None,
     softcap: float = 0.0,
     threshold: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     geometry: TileGeometry = DEFAULT_GEOMETRY,
     skip_map: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
@@ -85,6 +87,7 @@ def attention(
 
     window_left, window_right  half-widths of the band in keys, None for unbounded; causal is window_right=0
     threshold  lambda, broadcastable to (batch, heads_q); None keeps every tile
+    sink       (heads_q,) logits without a value; None: there are none
     skip_map   uint8 (batch, heads_q, groups, KV tiles): take these decisions (2 = skip) in place of the rule's
     """
     batch, seqlen_q, heads_q, _ = q.shape
@@ -141,9 +144,9 @@ def attention(
         row_max[:, :, rows] = new_max
 
     out = acc / torch.where(row_sum == 0, 1.0, row_sum).unsqueeze(-1)
-    lse = row_max + torch.log(row_sum)
+    out, lse = _with_sink(out.transpose(1, 2).contiguous(), row_max + torch.log(row_sum), sink)
     tile_counts = torch.stack([(decisions == KEPT).sum(dim=(2, 3)), (decisions != NOT_VISITED).sum(dim=(2, 3))])
-    return Oracle(out.transpose(1, 2).contiguous(), lse, decisions, tile_counts.to(torch.int32), margins)
+    return Oracle(out, lse, decisions, tile_counts.to(torch.int32), margins)
 
 
 def attention_varlen(
@@ -193,6 +196,15 @@ def attention_varlen(
         decisions[own], margins[own] = one.skip_map[0], one.margin[0]
         tile_counts[:, index] = one.tile_counts[:, 0]
     return Oracle(out, lse, decisions, tile_counts, margins)
+
+
+def _with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (batch, seqlen_q, heads_q, n) and lse (batch, heads_q, seqlen_q) with one more logit per head, of value 0."""
+    if sink is None:
+        return out, lse
+    total = torch.logaddexp(lse, sink.to(lse)[:, None].expand_as(lse))
+    share = torch.where(lse == -math.inf, 0.0, torch.exp(lse - total))  # the keys' share of the softmax
+    return out * share.transpose(1, 2)[..., None], total
 
 
 def _log_threshold(
@@ -281,6 +293,7 @@ def decode(
     window_right: int | None = None,
     softcap: float = 0.0,
     threshold: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     num_splits: int = 0,
     ctas: int = 1,
     min_tiles: int = 1,
@@ -297,7 +310,7 @@ def decode(
                  its own. By default it is not cut.
     share_max    the splits of an item run one after the other, and know the maxima of those before them
     geometry     `tile_rows` packed rows (`packed_rows`) of a KV head decide together
-    threshold, window_*, skip_map  as in `attention`; the skip map is that of `DecodeOracle`
+    threshold, sink, window_*, skip_map  as in `attention`; the skip map is that of `DecodeOracle`
     """
     batch, seqlen_q, heads_q, _ = q.shape
     heads_kv, head_dim_v = v_cache.shape[2:]
@@ -354,9 +367,8 @@ def decode(
             )
     tile_counts = torch.stack([(decisions == KEPT).sum(dim=(2, 3)), (decisions != NOT_VISITED).sum(dim=(2, 3))])
     out, lse = unpacked_rows(out_rows, seqlen_q), unpacked_rows(lse_rows[..., None], seqlen_q)[..., 0]
-    return DecodeOracle(
-        out, lse.transpose(1, 2).contiguous(), decisions, tile_counts.to(torch.int32), margins, least_margins
-    )
+    out, lse = _with_sink(out, lse.transpose(1, 2).contiguous(), sink)
+    return DecodeOracle(out, lse, decisions, tile_counts.to(torch.int32), margins, least_margins)
 
 
 def packed_rows(tensor: torch.Tensor, heads_kv: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ ROWS = {
     "varlen": ("packed sequences of different lengths", "prefill"),
     "page_size": ("tokens per page of paged caches", "decode"),
     "softcap": ("softcap", "prefill decode"),
+    "sink": ("learnable sinks", "prefill decode"),
     "sparsity": ("tile skipping", "prefill decode"),
     "share_max": ("splits tell each other their maxima", "decode"),
     "lse": ("log-sum-exp", "prefill decode"),

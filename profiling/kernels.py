@@ -25,7 +25,7 @@ def prefill_problems() -> Iterator[Problem]:
             for sparsity in SPARSITIES:
                 yield Problem("prefill", "bfloat16", head_dim, head_dim_v, mask=mask, sparsity=sparsity)
     yield Problem(
-        "prefill", "float16", 128, 128, mask="causal", varlen=True, softcap=True, sparsity="threshold",
+        "prefill", "float16", 128, 128, mask="causal", varlen=True, softcap=True, sink=True, sparsity="threshold",
         return_lse=True, return_stats=True,
     )  # fmt: skip
 
@@ -37,7 +37,7 @@ def decode_problems() -> Iterator[Problem]:
             yield Problem("decode", "bfloat16", head_dim, head_dim_v, mask="causal", sparsity=sparsity, page_size=64)
     yield Problem("decode", "bfloat16", 128, 128, mask="causal")
     yield Problem(
-        "decode", "float16", 128, 128, mask="band", softcap=True, sparsity="threshold", return_lse=True,
+        "decode", "float16", 128, 128, mask="band", softcap=True, sink=True, sparsity="threshold", return_lse=True,
         return_stats=True, page_size=16, share_max=True,
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ class Compiled:
         p = self.problem
         dims = f"d{p.head_dim}" if p.head_dim == p.head_dim_v else f"d{p.head_dim}/{p.head_dim_v}"
         extras = [f"page{p.page_size}"] if p.page_size else []
-        names = ("varlen", "softcap", "return_lse", "return_stats", "share_max")
+        names = ("varlen", "softcap", "sink", "return_lse", "return_stats", "share_max")
         extras += [name for name in names if getattr(p, name)]
         return " ".join([self.arch, p.kind, dims, p.dtype, p.mask, p.sparsity or "dense", *extras])
 

@@ -33,6 +33,7 @@ class Case:
     window: tuple[int | None, int | None] = (None, None)
     softcap: float = 0.0
     softmax_scale: float | None = None
+    sink: bool = False
     threshold: float | str | None = None
     mixed: bool = False
     spread: float = 1.0
@@ -59,6 +60,7 @@ CASES = {
     "window of the query's own key": Case(lengths_q=(130,), lengths_k=(130,), window=(0, 0)),
     "window to the right only": Case(window=(0, None)),
     "softcap": Case(softcap=20.0, spread=3.0),
+    "sink": Case(sink=True, heads_q=4, causal=True),
     "float16": Case(dtype=torch.float16, causal=True),
     "a given softmax scale": Case(softmax_scale=0.5),
     "many heads": Case(lengths_q=(64,), lengths_k=(96,), heads_q=12, heads_kv=4, head_dim=64, head_dim_v=64),
@@ -105,6 +107,10 @@ CASES = {
     "skip, rows without a key": Case(lengths_q=(450,), lengths_k=(260,), threshold=0.01, causal=True),
     "skip, window": Case(**LONG, threshold=0.01, window=(300, 40)),
     "skip, softcap": Case(**SKIPPING, softcap=30.0),
+    "skip, sink": Case(**SKIPPING, sink=True),
+    "sink, packed, rows without a key": Case(
+        lengths_q=(150, 40, 0), lengths_k=(30, 0, 9), packed=True, causal=True, sink=True
+    ),
     "skip, packed": Case(
         lengths_q=(300, 0, 65, 400), lengths_k=(300, 40, 0, 512), packed=True, causal=True, threshold=0.01, mixed=True
     ),
@@ -129,6 +135,7 @@ class Inputs:
     threshold: float | torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
+    learnable_sink: torch.Tensor | None
 
 
 def make_inputs(case: Case, seed: int = 0, device: str | torch.device = "cpu") -> Inputs:
@@ -152,7 +159,12 @@ def make_inputs(case: Case, seed: int = 0, device: str | torch.device = "cpu") -
         torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device) if case.packed else None
         for lengths in (case.lengths_q, case.lengths_k)
     ]
-    return Inputs(*tensors, _threshold(case, generator, device), *cu_seqlens)
+    return Inputs(*tensors, _threshold(case, generator, device), *cu_seqlens, sinks(case, device))
+
+
+def sinks(case, device) -> torch.Tensor | None:
+    """From far below the largest scores to far above them: one head's share of the softmax is 0, another's all."""
+    return torch.linspace(-40.0, 1.6 * PEAK, case.heads_q).to(device) if case.sink else None
 
 
 def _tokens(positions: torch.Tensor, heads: int, case: Case, generator: torch.Generator, scale: float) -> torch.Tensor:

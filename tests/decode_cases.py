@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tests.cases import Case, _threshold, _tokens
+from tests.cases import Case, _threshold, _tokens, sinks
 
 NEEDLE_KEYS = 300  # every so many keys before a sequence's last one, a key is as like the last queries as that one
 GARBAGE_PAGES = (2**31 - 1, -1, -(2**31), 10**6)
@@ -40,6 +40,7 @@ class DecodeCase:
     window: tuple[int | None, int | None] = (None, None)
     softcap: float = 0.0
     softmax_scale: float | None = None
+    sink: bool = False
     threshold: float | str | None = None
     num_splits: int | None = None
     share_max: bool = False
@@ -127,6 +128,9 @@ CASES = {
     ),
     "contiguous, head dim 256": DecodeCase(lengths=(300, 64), head_dim=256, head_dim_v=256, threshold=0.01),
     "contiguous, head dim 72": DecodeCase(lengths=(200, 64), head_dim=72, head_dim_v=72, causal=False),
+    # sinks: of a kind of their own, in one split and several, with rows that see no key
+    "sink, skip": replace(SKIPPING, sink=True, lengths=(700, 0, 40), heads_q=8, heads_kv=2, seqlen_q=2),
+    "sink, skip, three splits": replace(SKIPPING, sink=True, num_splits=3, heads_q=16, seqlen_q=9, lengths=(400, 0)),
     # maxima shared
     "shared maxima": replace(SKIPPING, share_max=True, lengths=(700, 64)),
     "shared maxima, many splits": replace(SKIPPING, share_max=True, num_splits=5, heads_q=8, heads_kv=2),
@@ -144,6 +148,7 @@ class DecodeInputs:
     seqused_k: torch.Tensor
     page_table: torch.Tensor | None
     threshold: float | torch.Tensor | None
+    learnable_sink: torch.Tensor | None
 
 
 def make_decode_inputs(case: DecodeCase, seed: int = 0, device: str | torch.device = "cpu") -> DecodeInputs:
@@ -174,6 +179,7 @@ def make_decode_inputs(case: DecodeCase, seed: int = 0, device: str | torch.devi
         q.to(case.dtype).to(device), k_cache.to(case.dtype).to(device), v_cache.to(case.dtype).to(device),
         torch.tensor(case.lengths, dtype=torch.int32, device=device),
         None if page_table is None else page_table.to(device), _threshold(form, generator, device),
+        sinks(case, device),
     )  # fmt: skip
 
 

@@ -71,6 +71,16 @@ Q, K, V = tensors()
 ROOM = bf16(3, 20, 4, 16)
 JAGGED = torch.nested.nested_tensor([V[0], V[0, :5]], layout=torch.jagged)
 BAD = {
+    "a sink that is no tensor": (dict(learnable_sink=0.5), TypeError, "learnable_sink is a float"),
+    "a sink of rank 2": (dict(learnable_sink=torch.zeros(2, 4)), ValueError, "learnable_sink has shape.*heads_q=4"),
+    "a sink of another dtype": (
+        dict(learnable_sink=torch.zeros(4).bfloat16()), ValueError, "learnable_sink has dtype torch.bfloat16.*float32"
+    ),
+    "a sink elsewhere": (dict(learnable_sink=torch.zeros(4, device="meta")), ValueError, "learnable_sink is on meta"),
+    "a sink with gaps": (dict(learnable_sink=torch.zeros(8)[::2]), ValueError, "learnable_sink has .*contiguous"),
+    "a sink that wants a gradient": (
+        dict(learnable_sink=torch.zeros(4, requires_grad=True)), NotImplementedError, "learnable_sink requires grad"
+    ),
     "q is no tensor": (dict(q=[1.0]), TypeError, "q is a list"),
     "q of rank 3": (dict(q=bf16(20, 4, 16)), ValueError, r"q has shape \(20, 4, 16\); it must have 4 dimensions"),
     "v of rank 5": (dict(v=bf16(2, 30, 2, 16, 1)), ValueError, "v has shape .* 4 dimensions"),
@@ -181,6 +191,7 @@ def test_bad_packed_input_is_refused_by_name(changes, error, message):
 
 TABLE = torch.tensor([[0, 1, 9], [7, 2, -5]], dtype=torch.int32)  # of 8 pages; the last column is not used
 BAD_DECODE = {
+    "a sink of another shape": (dict(learnable_sink=torch.zeros(2)), ValueError, "learnable_sink has shape.*heads_q=4"),
     "no query": (dict(q=bf16(2, 0, 4, 16)), ValueError, "seqlen_q=0 must be from 1 to 16"),
     "17 queries": (dict(q=bf16(2, 17, 4, 16)), ValueError, "seqlen_q=17 must be from 1 to 16.*attention for many"),
     "q of rank 3": (dict(q=bf16(2, 4, 16)), ValueError, r"q has shape \(2, 4, 16\).*4 dimensions.*\(batch, capacity"),

@@ -27,7 +27,7 @@ EXP_ERROR = 1e-4
 def call(case: Case, inputs: Inputs, **more):
     options = dict(
         causal=case.causal, window_size=case.window, softcap=case.softcap, softmax_scale=case.softmax_scale,
-        threshold=inputs.threshold, **more,
+        learnable_sink=inputs.learnable_sink, threshold=inputs.threshold, **more,
     )  # fmt: skip
     if not case.packed:
         return cute_sparse.attention(inputs.q, inputs.k, inputs.v, **options)
@@ -47,7 +47,8 @@ def oracle(case: Case, inputs: Inputs, geometry, skip_map=None, dtype=torch.floa
     left, right = case.window
     options = dict(
         softmax_scale=case.scale, window_left=left, window_right=0 if case.causal else right, softcap=case.softcap,
-        threshold=threshold, geometry=geometry, dtype=dtype, skip_map=None if skip_map is None else skip_map.cpu(),
+        threshold=threshold, sink=None if inputs.learnable_sink is None else inputs.learnable_sink.cpu(),
+        geometry=geometry, dtype=dtype, skip_map=None if skip_map is None else skip_map.cpu(),
     )  # fmt: skip
     q, k, v = inputs.q.cpu(), inputs.k.cpu(), inputs.v.cpu()
     if not case.packed:

@@ -22,7 +22,7 @@ def arguments(case: DecodeCase, inputs: DecodeInputs) -> dict:
     return dict(
         seqused_k=inputs.seqused_k, page_table=inputs.page_table, causal=case.causal, window_size=case.window,
         softcap=case.softcap, softmax_scale=case.softmax_scale, threshold=inputs.threshold,
-        num_splits=case.num_splits, share_max=case.share_max,
+        learnable_sink=inputs.learnable_sink, num_splits=case.num_splits, share_max=case.share_max,
     )  # fmt: skip
 
 
@@ -49,7 +49,8 @@ def oracle(case, inputs, geometry, splitting, skip_map=None, dtype=torch.float64
         seqused_k=inputs.seqused_k.tolist(), page_table=None if inputs.page_table is None else inputs.page_table.cpu(),
         softmax_scale=case.scale, window_left=left, window_right=0 if case.causal else right, softcap=case.softcap,
         threshold=threshold, geometry=geometry, dtype=dtype, skip_map=None if skip_map is None else skip_map.cpu(),
-        share_max=case.share_max, **splitting,
+        sink=None if inputs.learnable_sink is None else inputs.learnable_sink.cpu(), share_max=case.share_max,
+        **splitting,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def attend_packed(q, k, v):
 
 
 def attend_with_a_window(q, k, v):
-    return cute_sparse.attention(q, k, v, window_size=(5, None), threshold=0.5, softmax_scale=0.3)
+    return cute_sparse.attention(q, k, v, window_size=(5, None), threshold=0.5, learnable_sink=torch.arange(4.0))
 
 
 def decode(q, k, v):
@@ -109,7 +109,7 @@ def test_the_operators_keep_their_promises(return_lse):
     """Schema, mutation and the shapes that tracing assumes, as torch.library checks them."""
     q, k, v = qkv()
     common = dict(softmax_scale=None, causal=True, window_size=[-1, -1], softcap=0.0, threshold=None)
-    common |= dict(threshold_number=0.5, return_lse=return_lse)
+    common |= dict(threshold_number=0.5, learnable_sink=torch.zeros(4), return_lse=return_lse)
     unpacked = dict(cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None)
     torch.library.opcheck(torch.ops.cute_sparse.attention, (q, k, v, torch.empty_like(q)), common | unpacked)
     sequences = dict(seqused_k=torch.tensor([25, 30], dtype=torch.int32), page_table=None)

@@ -428,3 +428,23 @@ def test_decode_reads_no_key_that_no_query_sees():
         v_cache[table[index, key // 16], key % 16, head] = math.nan
     table[index, 0] = 10**6  # keys 0 to 15 are left of the window
     assert first_key >= 16 and torch.equal(reference.decode(q, k_cache, v_cache, **options).out, before.out)
+
+
+def test_a_sink_is_a_key_of_its_logit_and_of_value_zero():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 12, 3, 8, generator=generator, dtype=torch.float64) for _ in "qkv")
+    sink = torch.tensor([-3.0, 0.5, 6.0], dtype=torch.float64)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.4
+    scores = scores.masked_fill(torch.ones(12, 12).triu(-3).bool(), -math.inf)  # the first rows see no key
+    scores = torch.cat([scores, sink[None, :, None, None].expand(1, 3, 12, 1)], dim=-1)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1)[..., :-1], v)
+    got = reference.attention(q, k, v, softmax_scale=0.4, window_right=-4, sink=sink)
+    torch.testing.assert_close(got.out, expected)
+    torch.testing.assert_close(got.lse, scores.logsumexp(-1))
+    lengths = [9]
+    masked = scores.clone()[:, :, -2:]
+    masked[..., :-1] = (torch.einsum("bqhd,bkhd->bhqk", q[:, -2:], k) * 0.4)
+    masked[..., 9:-1] = -math.inf
+    step = reference.decode(q[:, -2:], k, v, seqused_k=lengths, softmax_scale=0.4, sink=sink)
+    torch.testing.assert_close(step.out, torch.einsum("bhqk,bkhd->bqhd", masked.softmax(-1)[..., :-1], v))
+    torch.testing.assert_close(step.lse, masked.logsumexp(-1))

@@ -106,6 +106,30 @@ def test_options_that_would_change_the_result_are_refused(name):
         attend(torch.nn.Linear(1, 1), q, q, q, None, is_causal=True, **{name: torch.zeros(1)})
 
 
+def test_a_model_with_sinks_and_windows_agrees_with_the_stock_one():
+    """GPT-OSS's layers: every other one with a sliding window, each head with a learnable sink."""
+    config = transformers.GptOssConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=32, num_local_experts=2, num_experts_per_tok=1,
+        head_dim=16, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, sliding_window=8,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    stock = transformers.GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
+    for layer in stock.model.layers:
+        layer.self_attn.sinks.data.normal_(1.0, 2.0)
+    integration.register()
+    ours = transformers.GptOssForCausalLM._from_config(config, attn_implementation=integration.NAME).eval()
+    ours.load_state_dict(stock.state_dict())
+    tokens = torch.arange(40)[None] % 50
+    with torch.no_grad():
+        expected, got = stock(tokens).logits, ours(tokens).logits
+        for layer in ours.model.layers:
+            layer.self_attn.sinks.data.fill_(-1e4)
+        without = ours(tokens).logits
+    assert (got - expected).norm() < 2e-3 * expected.norm()
+    assert (without - expected).norm() > 2e-2 * expected.norm()
+
+
 def test_dropout_is_refused(tokens):
     integration.register()
     model = load(attn_implementation=integration.NAME).train()

@@ -123,6 +123,7 @@ class PrefillOperands:
     window_right: Any
     scale: Scale
     threshold: Any  # None without sparsity
+    sink: Any  # (heads_q,) logits; None without
     stats: Any  # None unless wanted
     work_counter: Any  # (2,)
 
@@ -161,6 +162,7 @@ def prefill_operands(problem: Problem, values) -> PrefillOperands:
         window_right=named["window_right"] if band else None,
         scale=_scale(problem, named),
         threshold=_threshold(named) if problem.sparsity == "threshold" else None,
+        sink=_sink(problem, named),
         stats=_stats(named) if problem.return_stats else None,
         work_counter=cute.make_tensor(named["work_counter"], (2,)),
     )
@@ -203,6 +205,10 @@ def _threshold(named) -> Threshold:
     strides = (named["threshold_stride_batch"], named["threshold_stride_head"])
     layout = cute.make_layout((named["batch"], named["heads_q"]), stride=strides)
     return Threshold(cute.make_tensor(named["threshold"], layout), named["threshold_log2"])
+
+
+def _sink(problem: Problem, named):
+    return cute.make_tensor(named["learnable_sink"], (named["heads_q"],)) if problem.sink else None
 
 
 def _stats(named) -> Stats:
@@ -281,6 +287,7 @@ class DecodeOperands:
     window_right: Any
     scale: Scale
     threshold: Any  # None without sparsity
+    sink: Any  # (heads_q,) logits; None without
     stats: Any  # None unless wanted; heads are KV heads
     row_blocks: Any
     partials: Partials
@@ -329,6 +336,7 @@ def decode_operands(problem: Problem, values) -> DecodeOperands:
         window_right=named["window_right"] if band else None,
         scale=_scale(problem, named),
         threshold=_threshold(named) if problem.sparsity == "threshold" else None,
+        sink=_sink(problem, named),
         stats=_stats(named | {"heads_q": heads_kv}) if problem.return_stats else None,
         row_blocks=row_blocks,
         partials=_partials(problem, named, items),

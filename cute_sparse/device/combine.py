@@ -17,7 +17,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
 
-from cute_sparse.device.bundles import LN_2, DecodeOperands, Partials
+from cute_sparse.device.bundles import DecodeOperands, Partials
+from cute_sparse.device.softmax import normaliser
 from cute_sparse.device.split import Segment
 
 SIGN = 1 << 31
@@ -50,15 +51,6 @@ class PackedRows(NamedTuple):
 
     def head(self, row):
         return (self.kv_head - self.query(row)) * self.group + self.first + row
-
-
-def normaliser(row_max, row_sum):
-    """(what O is to be multiplied with, natural-log LSE) of a row; 0 and -inf if it has seen no key.
-
-    row_max  the reference of p in base-2 units, -inf if the row has seen no key
-    """
-    inverse = cutlass.select_(row_sum == 0.0, Float32(0.0), cute.arch.rcp_approx(row_sum))
-    return inverse, (cute.math.log2(row_sum, fastmath=True) + row_max) * LN_2
 
 
 @dataclass(frozen=True)
@@ -101,19 +93,32 @@ class Results:
 
     out         (seqlen_q, head_dim_v, heads_q, batch)
     lse         (seqlen_q, heads_q, batch); None if not wanted
+    sink        (heads_q,) logits; None if there are none
     shared_max  None unless the splits share their maxima
     head_dim_v  columns that exist; a multiple of 8
     """
 
     out: Any
     lse: Any
+    sink: Any
     partials: Partials
     shared_max: Any
     head_dim_v: cutlass.Constexpr[int]
 
     @staticmethod
     def of(operands: DecodeOperands, head_dim_v: int) -> "Results":
-        return Results(operands.out, operands.lse, operands.partials, SharedMax.of(operands), head_dim_v)
+        shared_max = SharedMax.of(operands)
+        return Results(operands.out, operands.lse, operands.sink, operands.partials, shared_max, head_dim_v)
+
+    @cute.jit
+    def normaliser(self, rows: PackedRows, row, reference, row_sum):
+        """`softmax.normaliser` of one row, with its head's sink."""
+        sink = None
+        if const_expr(self.sink is not None):
+            sink = -Float32.inf
+            if row < rows.count:
+                sink = self.sink[rows.head(row)]
+        return normaliser(reference, row_sum, sink)
 
     # ---- the only split of an item
 
@@ -162,7 +167,7 @@ class Results:
 
     @cute.jit
     def leave_sum(self, slot, rows: PackedRows, row, row_max, row_sum):
-        """By one thread of a row; `row_max` as in `normaliser`."""
+        """By one thread of a row; row_max is the reference in base-2 units, -inf if it has seen no key."""
         if row < rows.count:
             self.partials.row_max[row, slot] = row_max
             self.partials.row_sum[row, slot] = row_sum
@@ -210,7 +215,7 @@ class Results:
             cute.autovec_copy(neighbours(start, VECTOR), part)
             for j in cutlass.range_constexpr(VECTOR):
                 acc[j] = acc[j] + factor * part[j]
-        inverse, lse = normaliser(row_max, row_sum)
+        inverse, lse = self.normaliser(rows, row, row_max, row_sum)
         self.write_row(rows, row, column, VECTOR, acc, inverse)
         if column == 0:
             self.write_lse(rows, row, lse)

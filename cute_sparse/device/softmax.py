@@ -19,13 +19,31 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, const_expr
 
-from cute_sparse.device.bundles import LN_2
+from cute_sparse.device.bundles import LN_2, LOG2_E
 
 RESCALE_LOG2 = 8.0  # FlashAttention-4's choice for 16-bit P: scaling by 2^8 costs neither bf16 nor fp16 any precision
 
 # Stands for -inf where a row has seen no key: -inf - (-inf) would be NaN, FLOOR - FLOOR is 0.
 # Scores below it do not occur: fp16 bounds them to 2^40, and in bf16 it takes |q||k| > 1e30.
 FLOOR = -1.0e30
+
+
+def normaliser(reference, row_sum, sink=None):
+    """(what O is to be multiplied with, natural-log LSE) of a row; 0 and -inf if it has seen no key.
+
+    reference  of p, in base-2 units; any number if the row has seen no key
+    sink       a logit that is one more term of the sum, and alone the LSE of a row without keys; None: there is none
+    """
+    no_key = row_sum == 0.0
+    if const_expr(sink is None):
+        inverse = cutlass.select_(no_key, Float32(0.0), cute.arch.rcp_approx(row_sum))
+        return inverse, (cute.math.log2(row_sum, fastmath=True) + reference) * LN_2
+    sink_log2 = sink * LOG2_E
+    common = cute.arch.fmax(reference, sink_log2, nan=True)  # no exponential below overflows
+    scale = cute.math.exp2(reference - common, fastmath=True)
+    total = row_sum * scale + cute.math.exp2(sink_log2 - common, fastmath=True)
+    inverse = cutlass.select_(no_key, Float32(0.0), scale * cute.arch.rcp_approx(total))
+    return inverse, cutlass.select_(no_key, sink, (cute.math.log2(total, fastmath=True) + common) * LN_2)
 
 
 @dataclass(frozen=True)
@@ -139,14 +157,14 @@ class OnlineSoftmax:
             self.row_sum[row] = self._exponentiate(scores, row, self.row_sum[row])
         return moved, factors
 
-    def finish(self):
-        """Per row, what O is to be multiplied with, and the natural-log LSE; 0 and -inf for a row without keys."""
+    def finish(self, sink=None):
+        """Per row, what O is to be multiplied with, and the natural-log LSE: `normaliser` of all rows."""
         inverses, lse = [], []
         for row in range(self.rows):
             row_sum = cute.arch.warp_reduction_sum(self.row_sum[row], threads_in_group=self.threads_per_row)
-            inverse = cutlass.select_(row_sum == 0.0, Float32(0.0), cute.arch.rcp_approx(row_sum))
-            inverses.append(inverse)
-            lse.append((cute.math.log2(row_sum, fastmath=True) - self.minus_ref[row]) * LN_2)
+            of_row = normaliser(-self.minus_ref[row], row_sum, sink)
+            inverses.append(of_row[0])
+            lse.append(of_row[1])
         return inverses, lse
 
     def totals(self):

@@ -23,7 +23,7 @@ import cute_sparse
 NAME = "cute_sparse"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Of transformers' attention functions: what would change the result.
-UNSUPPORTED_OPTIONS = ("position_bias", "s_aux", "head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
+UNSUPPORTED_OPTIONS = ("position_bias", "head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
 PROBED_ROWS = 16  # query rows on which a model's mask is compared with the band that the kernels apply
 
 
@@ -109,6 +109,7 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout, is_caus
         causal=bool(is_causal),
         window_size=(None, None) if window is None else (window - 1, None),
         softcap=options.get("softcap") or 0.0,
+        learnable_sink=None if options.get("s_aux") is None else options["s_aux"].float(),
         threshold=threshold,
         return_stats=on_stats is not None,
     )

@@ -41,7 +41,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 from cutlass.memory import SmemAllocator
 
 from cute_sparse.device.bundles import Cache, DecodeOperands, decode_operands, log2_threshold
-from cute_sparse.device.combine import PackedRows, Results, normaliser
+from cute_sparse.device.combine import PackedRows, Results
 from cute_sparse.device.events import span
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
 from cute_sparse.device.softmax import FLOOR
@@ -57,7 +57,7 @@ SUPPORTS = frozenset(
     | {head_dim_feature(head_dim, head_dim) for head_dim in HEAD_DIMS}
     | {head_dim_feature(192, 128)}
     | {f"page_size:{tokens}" for tokens in PAGE_SIZES}
-    | {"mask:full", "mask:causal", "mask:band", "softcap", "sparsity:threshold", "share_max", "lse", "stats"}
+    | {"mask:full", "mask:causal", "mask:band", "softcap", "sink", "sparsity:threshold", "share_max", "lse", "stats"}
 )
 
 GROUP_THREADS = WARPS_PER_GROUP * THREADS_PER_WARP
@@ -935,7 +935,7 @@ class Decode:
         slot = segment.slot(segment.split)
         unseen = row_sum == 0.0
         row_max = cutlass.select_(unseen, -Float32.inf, row_max)
-        inverse, lse = normaliser(row_max, row_sum)
+        inverse, lse = results.normaliser(rows, row, row_max, row_sum)
         for first in cutlass.range_constexpr(0, config.head_dim_v, OUTPUT_FRAGMENT):
             values = cute.make_rmem_tensor((VECTOR, OUTPUT_FRAGMENT // VECTOR), Float32)
             values.fill(0.0)
@@ -984,7 +984,7 @@ class Decode:
         row_max, row_sum = _merged(sSum, row)
         unseen = row_sum == 0.0
         row_max = cutlass.select_(unseen, -Float32.inf, row_max)
-        inverse, lse = normaliser(row_max, row_sum)
+        inverse, lse = results.normaliser(rows, row, row_max, row_sum)
         self._meet()
         for first in cutlass.range_constexpr(0, config.head_dim_v, SUM_COLUMNS):
             part = cute.make_rmem_tensor(SUM_COLUMNS, Float32)
@@ -1205,6 +1205,7 @@ _SCALARS = {"int32": Int32, "int64": Int64, "float32": Float32}
 _POINTEES = {
     "lse": Float32,
     "threshold": Float32,
+    "learnable_sink": Float32,
     "seqused_k": Int32,
     "page_table": Int32,
     "tile_counts": Int32,

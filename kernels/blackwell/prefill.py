@@ -61,7 +61,7 @@ SUPPORTS = frozenset(
     {f"dtype:{name}" for name in DTYPES}
     | {head_dim_feature(head_dim, head_dim) for head_dim in HEAD_DIMS}
     | {head_dim_feature(192, 128)}
-    | {"mask:full", "mask:causal", "mask:band", "varlen", "softcap", "sparsity:threshold", "lse", "stats"}
+    | {"mask:full", "mask:causal", "mask:band", "varlen", "softcap", "sink", "sparsity:threshold", "lse", "stats"}
 )
 
 GROUP_THREADS = WARPS_PER_GROUP * THREADS_PER_WARP
@@ -775,6 +775,8 @@ class Prefill:
             state = RowSoftmax.create(op.prefill.scale.scale_log2, self._threshold_log2(op, head_idx, tile.batch_idx))
             step = Step(op, pipes, tiles, head_idx, tile.batch_idx, band, thread, state, kept)
             factor, lse = Float32(0.0), Float32(-Float32.inf)
+            if const_expr(op.prefill.sink is not None):
+                lse = op.prefill.sink[head_idx]
             products = visited.end > 0
             if const_expr(self.pair):
                 walked = self._products(op, band, tile, query_tile)
@@ -799,7 +801,7 @@ class Prefill:
                     for i in cutlass.range(whole_begin - visited.begin, unroll=1):
                         self._softmax_tile(step, whole_begin - 1 - i, count, False, True)
                         count += 1
-                factor, lse = state.finish()
+                factor, lse = state.finish(None if const_expr(op.prefill.sink is None) else op.prefill.sink[head_idx])
             if products:
                 if const_expr(self.persistent):
                     cute.arch.mbarrier_wait(pipes.factor_free + query_tile, free_parity)
@@ -1220,6 +1222,7 @@ _SCALARS = {"int32": Int32, "int64": Int64, "float32": Float32}
 _POINTEES = {
     "lse": Float32,
     "threshold": Float32,
+    "learnable_sink": Float32,
     "cu_seqlens_q": Int32,
     "cu_seqlens_k": Int32,
     "tile_counts": Int32,

@@ -14,8 +14,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from cute_sparse.device.bundles import LN_2
-from cute_sparse.device.softmax import FLOOR, RESCALE_LOG2
+from cute_sparse.device.softmax import FLOOR, RESCALE_LOG2, normaliser
 
 LOWEST = -3.4028234663852886e38  # the most negative fp32: above -inf, below every score
 PAIRS_PER_PERIOD = 16  # the unit in which `PrefillConfig.exp2_emulated` counts
@@ -96,11 +95,9 @@ class RowSoftmax:
         tile_sum = sums[0][0] + sums[0][1]
         self.row_sum[0] = tile_sum if first else self.row_sum[0] + tile_sum
 
-    def finish(self):
-        """What O is to be multiplied with, and the natural-log LSE; 0 and -inf for a row without keys."""
-        row_sum = self.row_sum[0]
-        inverse = cutlass.select_(row_sum == 0.0, Float32(0.0), cute.arch.rcp_approx(row_sum))
-        return inverse, (cute.math.log2(row_sum, fastmath=True) - self.minus_ref[0]) * LN_2
+    def finish(self, sink=None):
+        """What O is to be multiplied with, and the natural-log LSE; `sink` as in `normaliser`."""
+        return normaliser(-self.minus_ref[0], self.row_sum[0], sink)
 
     def _refer_to(self, ref_log2: Float32) -> None:
         self.minus_ref[0] = -ref_log2

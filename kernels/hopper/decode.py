@@ -42,7 +42,7 @@ from cutlass.cute.runtime import make_ptr
 from cutlass.memory import SmemAllocator
 
 from cute_sparse.device.bundles import TMA_ALIGN_BYTES, Cache, Scale, decode_operands, log2_threshold
-from cute_sparse.device.combine import PackedRows, Results, neighbours, normaliser
+from cute_sparse.device.combine import PackedRows, Results, neighbours
 from cute_sparse.device.events import span
 from cute_sparse.device.mask import Band, KeyRange
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
@@ -56,7 +56,7 @@ __all__ = ["SUPPORTS", "Config", "choose", "compile"]
 PAGE_SIZES = (16, 32, 64, 128, 256)
 SUPPORTS = frozenset(
     {"dtype:bfloat16", "dtype:float16", "mask:full", "mask:causal", "mask:band"}
-    | {"softcap", "sparsity:threshold", "share_max", "lse", "stats"}
+    | {"softcap", "sink", "sparsity:threshold", "share_max", "lse", "stats"}
     | {f"page_size:{size}" for size in PAGE_SIZES}
     | {head_dim_feature(d, d) for d in range(HEAD_DIM_MULTIPLE, HEAD_DIM_MAX + 1, HEAD_DIM_MULTIPLE)}
     | {head_dim_feature(192, 128)}
@@ -883,7 +883,7 @@ class HopperDecode:
     def _write(self, results: Results, block: PackedRows, acc_O: cute.Tensor, thread, row_sums: list, row_maxima: list):
         rows = self._rows_of(thread)
         for i in cutlass.range_constexpr(wgmma.ROWS_PER_THREAD):
-            inverse, lse = normaliser(row_maxima[i], row_sums[i])
+            inverse, lse = results.normaliser(block, rows[i], row_maxima[i], row_sums[i])
             results.write_row(block, rows[i], wgmma.first_column(thread), 8, _pairs(acc_O, i), inverse)
             if thread % wgmma.THREADS_PER_ROW == 0:
                 results.write_lse(block, rows[i], lse)
@@ -943,7 +943,7 @@ def compile(problem: Problem, config: Config | None = None):
         raise ValueError(f"{config} needs {needed} bytes of shared memory for {problem}; a CTA has {SHARED_BYTES}")
     kernel = HopperDecode(problem, config)
     element_types = {name: DTYPES[problem.dtype] for name in ("q", "k", "v", "out")}
-    element_types |= {name: Float32 for name in ("lse", "threshold", "partials")}
+    element_types |= {name: Float32 for name in ("lse", "threshold", "learnable_sink", "partials")}
     element_types |= {"skip_map": cutlass.Uint8, "shared_max": cutlass.Uint32}
     placeholders = {"int32": Int32(1), "int64": Int64(1), "float32": Float32(1.0)}
     arguments = []

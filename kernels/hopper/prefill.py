@@ -57,7 +57,7 @@ __all__ = ["SUPPORTS", "Config", "choose", "compile"]
 
 SUPPORTS = frozenset(
     {"dtype:bfloat16", "dtype:float16", "mask:full", "mask:causal", "mask:band"}
-    | {"varlen", "softcap", "sparsity:threshold", "lse", "stats"}
+    | {"varlen", "softcap", "sink", "sparsity:threshold", "lse", "stats"}
     | {head_dim_feature(d, d) for d in range(HEAD_DIM_MULTIPLE, HEAD_DIM_MAX + 1, HEAD_DIM_MULTIPLE)}
     | {head_dim_feature(192, 128)}
 )
@@ -98,6 +98,7 @@ class KernelOperands:
     window_right: Any
     scale: Scale
     threshold: Any
+    sink: Any
     stats: Any
     order: TileOrder
     work_counter: Any
@@ -229,6 +230,7 @@ class HopperPrefill:
             window_right=operands.window_right,
             scale=operands.scale,
             threshold=operands.threshold,
+            sink=operands.sink,
             stats=operands.stats,
             order=order,
             work_counter=operands.work_counter,
@@ -612,7 +614,8 @@ class HopperPrefill:
     def store(self, consumer: Consumer, q: Cursor):
         """Normalise O and store it through shared memory by TMA, which drops rows and columns that do not exist."""
         operands, shared, thread, fragments, work, softmax = consumer
-        inverses, lse = softmax.finish()
+        sink = None if const_expr(operands.sink is None) else operands.sink[work.tile.head_idx]
+        inverses, lse = softmax.finish(sink)
         self._rescale(fragments.acc_O, inverses)
         if const_expr(operands.lse is not None):
             self._store_lse(consumer, lse)
@@ -810,7 +813,8 @@ def compile(problem: Problem, config: Config | None = None):
         raise ValueError(f"{config} needs {needed} bytes of shared memory for {problem}; a CTA has {SHARED_BYTES}")
     kernel = HopperPrefill(problem, config)
     element_types = {"q": DTYPES[problem.dtype], "k": DTYPES[problem.dtype], "v": DTYPES[problem.dtype]}
-    element_types |= {"out": DTYPES[problem.dtype], "lse": Float32, "threshold": Float32, "skip_map": cutlass.Uint8}
+    element_types |= {"out": DTYPES[problem.dtype], "skip_map": cutlass.Uint8}
+    element_types |= {name: Float32 for name in ("lse", "threshold", "learnable_sink")}
     placeholders = {"int32": Int32(1), "int64": Int64(1), "float32": Float32(1.0)}
     arguments = []
     for operand in PREFILL:
