@@ -125,7 +125,7 @@ def heads_in_cache(cache_bytes: int, kv_bytes_per_token: int, seqlen_k, group):
 class Claim(NamedTuple):
     """What a role of `DynamicTiles` remembers: its slot, and (the producer) what it claimed ahead.
 
-    number    of the next work tile, in lane 0
+    number    of the next work tile, in lane 0: of those that are claimed, without the first one of each CTA
     position  where the last work tile's sequence lies in a packed batch
     """
 
@@ -225,7 +225,7 @@ class DynamicTiles:
     @cute.jit
     def first_for_producer(self):
         number, _, _ = cute.arch.block_idx()
-        return self._publish(Claim(producer_cursor(), number, self.order.start()))
+        return self._publish(Claim(producer_cursor(), number - self._ctas(), self.order.start()))
 
     @cute.jit
     def next_for_producer(self, tile: WorkTile, claim: Claim):
@@ -233,8 +233,9 @@ class DynamicTiles:
 
     @cute.jit
     def _publish(self, claim: Claim):
-        """Publish the tile claimed before, and claim the next: its number arrives while this tile is loaded."""
-        number = cute.arch.shuffle_sync(claim.number, 0)
+        """Publish the tile claimed before, and claim the next: its number arrives while this tile is loaded, as long as
+        nothing is done with it."""
+        number = cute.arch.shuffle_sync(claim.number, 0) + self._ctas()
         position = claim.position
         if const_expr(self.order.cu_seqlens_q is not None):
             position = self.order.seek(number, position)
@@ -248,8 +249,7 @@ class DynamicTiles:
                 self.slots[word, claim.cursor.index] = value
             self.ring.publish(claim.cursor)
             if has_tile:
-                ctas, _, _ = cute.arch.grid_dim()
-                claimed = ctas + cute.arch.atomic_add(self.counter.iterator, Int32(1), sem="relaxed", scope="gpu")
+                claimed = cute.arch.atomic_add(self.counter.iterator, Int32(1), sem="relaxed", scope="gpu")
             else:
                 self._retire()
         return tile, Claim(self.ring.advanced(claim.cursor), claimed, position)
@@ -257,11 +257,14 @@ class DynamicTiles:
     @cute.jit
     def _retire(self):
         """The last CTA to run out of work clears the counter for the next launch."""
-        ctas, _, _ = cute.arch.grid_dim()
         retired = cute.arch.atomic_add(self.counter.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
-        if retired == ctas - 1:
+        if retired == self._ctas() - 1:
             self.counter[0] = Int32(0)
             self.counter[1] = Int32(0)
+
+    def _ctas(self):
+        ctas, _, _ = cute.arch.grid_dim()
+        return ctas
 
     @cute.jit
     def first(self):
