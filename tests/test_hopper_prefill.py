@@ -27,6 +27,10 @@ CONFIGS = {
     "two CTAs, out in the memory of Q": dict(ctas=2, out_aliases_q=True, k_stages=2, hold_v_after=0),
     "no turns": dict(ctas=2, ping_pong=False),
     "three warpgroups": dict(ctas=2, warpgroups=3, tile_n=64),
+    "three warpgroups, each with a range of its own": dict(ctas=2, warpgroups=3, tile_n=64, own_ranges=True),
+    "ranges of their own, V never held, no turns": dict(
+        ctas=2, tile_n=64, own_ranges=True, hold_v_after=0, ping_pong=False
+    ),
     "three V slots": dict(ctas=2, tile_n=64, v_stages=3, hold_v_after=0),
     "narrow tiles, V held after one skip": dict(ctas=2, tile_n=64, hold_v_after=1),
     "narrow tiles, V never held": dict(ctas=2, tile_n=64, hold_v_after=0),
@@ -105,6 +109,17 @@ def test_a_skipped_tile_costs_its_scores_and_nothing_else(causal):
     exponentials = kept * ROWS * tile_n // 32
     # and two for each warp that moves its reference, at most once for each kept tile
     assert exponentials <= counts.exponentials <= exponentials + kept * WARPS * 2
+
+
+# Of 12 warpgroups of 64 rows, each sees three tiles of 64 keys in a window of 128, but the first two at the sequence's
+# begin. Three of them, a CTA, see five together, the first CTA three.
+@pytest.mark.parametrize("own_ranges, tiles", [(True, 1 + 2 + 10 * 3), (False, 3 * (3 + 3 * 5))])
+def test_a_warpgroup_multiplies_the_tiles_of_its_range_alone(own_ranges, tiles, configured):
+    configured(warpgroups=3, tile_n=64, own_ranges=own_ranges)
+    case = Case(lengths_q=(768,), lengths_k=(768,), heads_q=1, head_dim=64, head_dim_v=64, window=(127, 0))
+    got, counts = run_counted(case, return_stats=True)
+    assert got.stats.tile_counts.flatten().tolist() == [tiles, tiles]
+    assert counts.mma_instructions == {"wgmma.mma_async": tiles * WARPS * (64 + 64) // MMA_K}
 
 
 def test_v_of_tiles_that_every_warpgroup_skips_is_not_loaded(configured):

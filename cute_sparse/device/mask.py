@@ -79,17 +79,18 @@ class Band:
         begin_tile = (begin + (self.tile_n - 1)) // self.tile_n if const_expr(self.has_left) else 0
         return TileRange(begin_tile, cutlass.max(end, 0) // self.tile_n)
 
-    def hide(self, scores: cute.Tensor, columns, q_idx, first_column) -> None:
+    def hide(self, scores: cute.Tensor, columns, q_idx, first_column, edges=("left", "right")) -> None:
         """Set to -inf, in one row's `scores`, what row `q_idx` does not see.
 
         scores        a register tensor; element i is the score of key first_column + columns[i]
         columns       integers known while tracing, so that a comparison has an immediate operand
         first_column  key index of the thread's column 0
+        edges         those of the band that may lie in this tile
         """
         seen = self.keys(q_idx)
         begin, end = seen.begin - first_column, seen.end - first_column
         for i, column in enumerate(columns):
-            hidden = column >= end
-            if const_expr(self.has_left):
-                hidden = hidden | (column < begin)
-            scores[i] = cutlass.select_(hidden, -Float32.inf, scores[i])
+            if const_expr("right" in edges):
+                scores[i] = cutlass.select_(column >= end, -Float32.inf, scores[i])
+            if const_expr(self.has_left and "left" in edges):
+                scores[i] = cutlass.select_(column < begin, -Float32.inf, scores[i])

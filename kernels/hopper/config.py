@@ -6,6 +6,7 @@ clock are datasheet rates: 4096 BF16 MMA FLOP, 16 exponentials.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -38,13 +39,15 @@ ISSUE_PER_CYCLE = 4
 ISSUES_PER_SCORE = 5.0  # max, multiply-add, exponential, sum, half a conversion: instructions per 32 scores
 STEP_CYCLES = 120  # per KV tile: barriers, first latency of a wgmma (an estimate, not yet measured)
 SHARED_Q_CYCLES = 1000  # per work tile: out in Q's memory delays the next Q by the store (an estimate, likewise)
-TYPICAL_SEQLEN = 8192
+EDGES = {"full": 0, "causal": 1, "band": 2}
+TYPICAL_KEYS = {"full": 8192, "causal": 4096, "band": 512}  # that a query sees; windows of 128 to 4096 are in use
 
 L2_BYTES = 32 << 20  # of 50 (H100) or 60 MB (H200), what the K and V of a group of heads may take
 DYNAMIC_CTAS = 132  # SMs of an H100 SXM or H200; with fewer SMs the later CTAs find the work done
 HOLD_V_AFTER = 2  # a guess: a wrong one costs a kept tile its V's latency, a right one saves V's bytes
 
 MIN_TILE_N = {2: 64, 3: 96}  # by consumer warpgroups
+BAND_MIN_TILE_N = 64
 TILE_N_MAX = 176
 BOUNDED_TILE_N_MAX = 128  # of a wider tile, a mask hides more, and a threshold skips it less often
 WIDE_HEAD_TILE_N_MAX = 80  # head_dim_v above 192: at 96, ptxas 13.0 spills
@@ -61,6 +64,7 @@ class Config:
     hold_v_after  after so many KV tiles in a row that every warpgroup skipped, V is loaded only once a warpgroup has
                 voted to keep its tile; 0: V is always loaded. Needs three K slots and two V slots
                 (see `prefill.HopperPrefill`)
+    own_ranges  each warpgroup visits the KV tiles that its own rows see, not all that the CTA's do
     """
 
     warpgroups: int
@@ -71,6 +75,7 @@ class Config:
     out_aliases_q: bool = False
     ctas: int = DYNAMIC_CTAS
     hold_v_after: int = 0
+    own_ranges: bool = False
 
     def __post_init__(self) -> None:
         if self.hold_v_after and (self.k_stages < 3 or self.v_stages != 2):
@@ -83,7 +88,8 @@ class Config:
 
     @property
     def geometry(self) -> TileGeometry:
-        return TileGeometry(self.tile_m, WARPGROUP_ROWS, self.tile_n, order="descending")
+        rows = WARPGROUP_ROWS if self.own_ranges else self.tile_m
+        return TileGeometry(rows, WARPGROUP_ROWS, self.tile_n, order="descending")
 
     @property
     def threads(self) -> int:
@@ -123,13 +129,22 @@ def candidates(problem: Problem) -> list[Config]:
         widest = WIDE_HEAD_TILE_N_MAX
     found = []
     for warpgroups in REGISTERS:
-        for tile_n in range(widest, MIN_TILE_N[warpgroups] - 1, -16):
-            rooms = [Config(warpgroups, tile_n, out_aliases_q=shares) for shares in (False, True)]
+        narrowest = BAND_MIN_TILE_N if problem.mask == "band" else MIN_TILE_N[warpgroups]
+        for tile_n in range(widest, narrowest - 1, -16):
+            tiles = Config(warpgroups, tile_n)
+            tiles = replace(tiles, own_ranges=_ranges_differ(problem, tiles))
+            rooms = [replace(tiles, out_aliases_q=shares) for shares in (False, True)]
             if problem.sparsity:
                 rooms = [replace(room, k_stages=3, hold_v_after=HOLD_V_AFTER) for room in rooms] + rooms
             fitting = [room for room in rooms if fits(problem, room)]
             found += fitting[:1]
     return found
+
+
+def _ranges_differ(problem: Problem, config: Config) -> bool:
+    """Whether the warpgroups of a CTA see different KV tiles. At the edge of a causal mask they usually do not if a KV
+    tile is as wide as the CTA's rows are many; then what it takes to tell them apart is saved."""
+    return problem.mask == "band" or problem.mask == "causal" and config.tile_n % config.tile_m > 0
 
 
 def fits(problem: Problem, config: Config) -> bool:
@@ -144,14 +159,16 @@ def cost(problem: Problem, config: Config) -> float:
     """Estimated SM cycles per visible score of a typical sequence; lower is better.
 
     A KV tile takes as long as the busiest of the MMA, the exponential units and the issue slots, and a fixed
-    step; a bounded mask adds the part of its boundary tiles that nobody sees; a work tile may wait for its Q.
+    step; each edge of a mask adds the part of its tiles that nobody sees, half the rows and what the edge lies
+    away from a tile's end (where lengths and window are multiples of 64); a work tile may wait for its Q.
     """
     scores = config.tile_m * config.tile_n
     mma = 2 * scores * (padded(problem.head_dim) + padded(problem.head_dim_v)) / MMA_FLOP_PER_CYCLE
     issue = scores / 32 * ISSUES_PER_SCORE / ISSUE_PER_CYCLE
     cycles = max(mma, scores / EXP_PER_CYCLE, issue) + STEP_CYCLES
-    wasted_keys = 0 if problem.mask == "full" else (config.tile_m + config.tile_n) / 2
-    visible_keys = TYPICAL_SEQLEN if problem.mask == "full" else TYPICAL_SEQLEN / 2
+    rows = WARPGROUP_ROWS if config.own_ranges else config.tile_m
+    wasted_keys = EDGES[problem.mask] * (rows + config.tile_n - math.gcd(WARPGROUP_ROWS, config.tile_n)) / 2
+    visible_keys = TYPICAL_KEYS[problem.mask]
     waiting = SHARED_Q_CYCLES if config.out_aliases_q else 0
     return cycles / scores * (visible_keys + wasted_keys) / visible_keys + waiting / (config.tile_m * visible_keys)
 

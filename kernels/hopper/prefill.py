@@ -46,7 +46,7 @@ from cute_sparse.device.bundles import (
     prefill_operands,
 )
 from cute_sparse.device.events import span
-from cute_sparse.device.mask import Band
+from cute_sparse.device.mask import Band, TileRange
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
 from cute_sparse.device.schedule import SLOT_WORDS, DynamicTiles, OneTile, TileOrder, WorkTile, heads_in_cache
 from cute_sparse.device.softmax import OnlineSoftmax
@@ -127,7 +127,7 @@ class Work(NamedTuple):
     span_q: Span
     span_k: Span
     band: Band
-    begin: Any  # KV tiles [begin, end) are visited, from the last
+    begin: Any  # KV tiles [begin, end) are loaded, from the last
     end: Any
 
 
@@ -158,6 +158,7 @@ class Consumer(NamedTuple):
     thread: Thread
     fragments: Fragments
     work: Work
+    visited: TileRange  # by this warpgroup, of those that are loaded; begin == end where its rows see no key
     softmax: OnlineSoftmax
 
 
@@ -181,6 +182,10 @@ class HopperPrefill:
       producer   K[j], V[j + lead], K[j - 1], V[j + lead - 1], ..    where lead = k_stages - 1
       consumer   wait for the turn; issue S = Q K[j]^T; issue O += P V[j+1]; pass the turn; wait for S; mask;
                  maxima; vote; p = 2^(..); wait for O; P = round(p); rescale O if a reference moved; release V[j+1]
+
+    Ranges of their own.  Where the edges of a mask give the warpgroups of a CTA different KV tiles, each passes by
+    those that only the others see (`_pass_by`): it takes and passes its turn, votes against the tile, releases it, and
+    multiplies nothing. The CTA loads what any of them sees.
 
     Skipping.  The vote is one `barrier.cta.red` over the warpgroup's 128 threads, right after the thread-local maxima
     and before any exponential. A skipped tile leaves P, the sums and O as they were and clears `p_pending`, which
@@ -361,7 +366,7 @@ class HopperPrefill:
         return OneTile(operands.order)
 
     def _work(self, operands: KernelOperands, tile: WorkTile) -> Work:
-        """The same for every role: which keys the CTA walks. None where the block lies past its sequence."""
+        """The same for every role: which keys the CTA loads. None where the block lies past its sequence."""
         span_q = operands.lengths.span_q(tile.batch_idx)
         span_k = operands.lengths.span_k(tile.batch_idx)
         band = Band(
@@ -473,7 +478,8 @@ class HopperPrefill:
                 softmax = OnlineSoftmax.create(
                     operands.scale.scale_log2, wgmma.ROWS_PER_THREAD, wgmma.THREADS_PER_ROW, self.sparse
                 )
-                consumer = Consumer(operands, shared, thread, fragments, work, softmax)
+                visited = self._visited(work, thread)
+                consumer = Consumer(operands, shared, thread, fragments, work, visited, softmax)
                 kept = Int32(0)
                 # Not left to the first product: with a P V under a branch, ptxas would serialise every wgmma.
                 fragments.acc_O.fill(0.0)
@@ -513,34 +519,78 @@ class HopperPrefill:
             acc_O=cute.make_rmem_tensor(pv.partition_shape_C((WARPGROUP_ROWS, self.head_dim_v)), Float32),
         )
 
+    def _visited(self, work: Work, thread: Thread) -> TileRange:
+        """Of the tiles that the CTA loads, those in which some of the warpgroup's rows may see a key."""
+        if not self.config.own_ranges:
+            return TileRange(work.begin, work.end)
+        first_row = work.tile.m_block * self.tile_m + thread.warpgroup * WARPGROUP_ROWS
+        begin, end = work.band.visited(first_row, WARPGROUP_ROWS)
+        empty = (first_row >= work.span_q.length) | (end <= begin)
+        return TileRange(*(cutlass.select_(empty, Int32(work.begin), Int32(bound)) for bound in (begin, end)))
+
     @cute.jit
     def _walk(self, consumer: Consumer, q: Cursor, k: Cursor, v: Cursor):
         """Every KV tile from the last to the first. Returns the cursors and how many tiles were kept."""
-        operands, shared, thread, _, work, _ = consumer
+        operands, shared, _, _, work, visited, softmax = consumer
         threshold_raw = None
         if const_expr(self.sparse):
             log2_lambda = log2_threshold(operands.threshold, work.tile.batch_idx, work.tile.head_idx)
             threshold_raw = log2_lambda * cute.arch.rcp_approx(operands.scale.scale_log2)
-        last = work.end - 1
-        k = self._first_step(consumer, last, k, threshold_raw)
-        p_pending, kept = Boolean(True), Int32(1) if const_expr(self.sparse) else work.end - work.begin
-        for i in cutlass.range(last - work.begin, unroll=1):
-            keeps = self._step(consumer, last - 1 - i, k, v, p_pending, threshold_raw)
+        p_pending, kept = Boolean(True), visited.end - visited.begin
+        if const_expr(not self.config.own_ranges):
+            k, v = self._first_step(consumer, Int32(0), k, v, threshold_raw)
+        else:
+            before = work.end - visited.end
+            for i in cutlass.range(before, unroll=1):
+                k, v = self._pass_by(consumer, i, k, v, False)
+            p_pending = visited.end > visited.begin
+            if p_pending:
+                k, v = self._first_step(consumer, before, k, v, threshold_raw)
+            else:
+                softmax.clear()
+        for i in cutlass.range(visited.end - 1 - visited.begin, unroll=1):
+            keeps = self._step(consumer, visited.end - 2 - i, k, v, p_pending, threshold_raw)
             k, v = shared.k_ring.advanced(k), shared.v_ring.advanced(v)
             if const_expr(self.sparse):
                 p_pending = keeps
-                kept += Int32(keeps)
+                kept -= 1 - Int32(keeps)
         self._finish_q(consumer, q)
+        if const_expr(self.config.own_ranges):
+            for _ in cutlass.range(visited.begin - work.begin, unroll=1):
+                k, v = self._pass_by(consumer, Int32(1), k, v, p_pending)
+                p_pending = Boolean(False)
         self._last_product(consumer, v, p_pending)
         return k, shared.v_ring.advanced(v), kept
 
     @cute.jit
-    def _first_step(self, consumer: Consumer, n_block, k: Cursor, threshold_raw):
-        """The first tile is always kept: S, its softmax, P. Nothing overlaps it within the warpgroup."""
-        _, shared, _, fragments, work, softmax = consumer
+    def _pass_by(self, consumer: Consumer, nth, k: Cursor, v: Cursor, p_pending):
+        """A tile, the CTA's nth, in which none of the warpgroup's rows sees a key; P V of the last kept one."""
+        _, shared, thread, _, _, _, _ = consumer
+        shared.k_ring.wait(k)
+        if nth > 0:
+            self._await_turn(thread)
+            self._pass_turn(thread)
+        shared.k_ring.release(k)
+        self._cast_vote(consumer, k, Boolean(False))
+        if nth > 0:
+            self._last_product(consumer, v, p_pending)
+            v = shared.v_ring.advanced(v)
+        return shared.k_ring.advanced(k), v
+
+    @cute.jit
+    def _first_step(self, consumer: Consumer, nth, k: Cursor, v: Cursor, threshold_raw):
+        """The warpgroup's first tile, the CTA's nth, is always kept. Nothing overlaps it within the warpgroup."""
+        _, shared, thread, fragments, work, visited, softmax = consumer
+        n_block = visited.end - 1
         acc_S = self._accumulator(fragments)
         shared.k_ring.wait(k)
+        if const_expr(self.config.own_ranges):
+            if nth > 0:
+                self._await_turn(thread)
         wgmma.issue(fragments.qk, acc_S, fragments.tSrQ, fragments.tSrK[None, None, None, k.index], False)
+        if const_expr(self.config.own_ranges):
+            if nth > 0:
+                self._pass_turn(thread)
         warpgroup.wait_group(0)
         shared.k_ring.release(k)
         self._score(consumer, acc_S, n_block, may_hide=True)
@@ -550,12 +600,17 @@ class HopperPrefill:
         wgmma.round_to(self.dtype, acc_S, fragments.tOrP)
         self._cast_vote(consumer, k, Boolean(True))
         self._record(consumer, n_block, Boolean(True))
-        return shared.k_ring.advanced(k)
+        if const_expr(self.config.own_ranges):
+            if nth > 0:
+                shared.v_ring.wait(v)
+                shared.v_ring.release(v)
+                v = shared.v_ring.advanced(v)
+        return shared.k_ring.advanced(k), v
 
     @cute.jit
     def _step(self, consumer: Consumer, n_block, k: Cursor, v: Cursor, p_pending, threshold_raw):
         """One further tile; P V of the last kept tile runs beside this one's Q K^T. Returns whether it is kept."""
-        _, shared, thread, fragments, _, softmax = consumer
+        _, shared, thread, fragments, _, _, softmax = consumer
         acc_S = self._accumulator(fragments)
         with span("products"):
             shared.k_ring.wait(k)
@@ -602,7 +657,7 @@ class HopperPrefill:
     @cute.jit
     def _last_product(self, consumer: Consumer, v: Cursor, p_pending):
         """O += P V of the last kept tile, if it was the last visited."""
-        _, shared, _, fragments, _, _ = consumer
+        _, shared, _, fragments, _, _, _ = consumer
         shared.v_ring.wait(v)
         if p_pending:
             tOrV = fragments.tOrV[None, None, None, v.index]
@@ -613,7 +668,7 @@ class HopperPrefill:
     @cute.jit
     def store(self, consumer: Consumer, q: Cursor):
         """Normalise O and store it through shared memory by TMA, which drops rows and columns that do not exist."""
-        operands, shared, thread, fragments, work, softmax = consumer
+        operands, shared, thread, fragments, work, _, softmax = consumer
         sink = None if const_expr(operands.sink is None) else operands.sink[work.tile.head_idx]
         inverses, lse = softmax.finish(sink)
         self._rescale(fragments.acc_O, inverses)
@@ -653,7 +708,7 @@ class HopperPrefill:
     @cute.jit
     def _store_lse(self, consumer: Consumer, lse: list):
         """One thread of the four that share a row writes it."""
-        operands, _, thread, _, work, _ = consumer
+        operands, _, thread, _, work, _, _ = consumer
         if thread.index % wgmma.THREADS_PER_ROW == 0:
             first, head, batch = work.span_q.first, work.tile.head_idx, work.tile.batch_idx
             if const_expr(self.problem.varlen):
@@ -668,7 +723,7 @@ class HopperPrefill:
     @cute.jit
     def _cast_vote(self, consumer: Consumer, k: Cursor, keeps):
         """Tell the producer whether this warpgroup keeps the tile; votes have as many slots as K, and K's cursor."""
-        _, shared, thread, _, _, _ = consumer
+        _, shared, thread, _, _, _, _ = consumer
         if const_expr(self.config.hold_v_after > 0):
             if thread.index == 0:
                 shared.votes[thread.warpgroup, k.index] = Int32(keeps)
@@ -697,16 +752,20 @@ class HopperPrefill:
             for i in cutlass.range(cute.size(acc_S), unroll_full=True):
                 acc_S[i] = tanh(acc_S[i] * tanh_scale)
         if const_expr(may_hide):
-            whole = consumer.work.band.whole(self._first_row(consumer), WARPGROUP_ROWS)
-            if n_block < whole.begin or n_block >= whole.end:
-                self._hide(consumer, acc_S, n_block)
+            band = consumer.work.band
+            whole = band.whole(self._first_row(consumer), WARPGROUP_ROWS)
+            if n_block >= whole.end:
+                self._hide(consumer, acc_S, n_block, "right")
+            if const_expr(band.has_left):
+                if n_block < whole.begin:
+                    self._hide(consumer, acc_S, n_block, "left")
 
-    def _hide(self, consumer: Consumer, acc_S: cute.Tensor, n_block) -> None:
+    def _hide(self, consumer: Consumer, acc_S: cute.Tensor, n_block, edge: str) -> None:
         scores = wgmma.by_rows(acc_S)
         columns = wgmma.columns_of(self.tile_n)
         first_column = n_block * self.tile_n + wgmma.first_column(consumer.thread.index)
         for row, q_idx in enumerate(self._rows(consumer)):
-            consumer.work.band.hide(scores[row, None], columns, q_idx, first_column)
+            consumer.work.band.hide(scores[row, None], columns, q_idx, first_column, edges=(edge,))
 
     def _sees_key(self, consumer: Consumer, n_block):
         """Per row, whether it sees a key of the tile; None where every row of the sequence does, or says so by -inf."""
@@ -727,7 +786,7 @@ class HopperPrefill:
     @cute.jit
     def _record(self, consumer: Consumer, n_block, keeps):
         """One byte of the skip map per warpgroup and tile."""
-        operands, _, thread, _, work, _ = consumer
+        operands, _, thread, _, work, _, _ = consumer
         if const_expr(operands.stats is not None):
             first_row = self._first_row(consumer)
             if thread.index == 0 and first_row < work.span_q.length:
@@ -738,11 +797,11 @@ class HopperPrefill:
     @cute.jit
     def _count(self, consumer: Consumer, kept):
         """Add this warpgroup's kept and visited tiles to its head's."""
-        operands, _, thread, _, work, _ = consumer
-        visited = cutlass.max(work.end - work.begin, 0)
+        operands, _, thread, _, work, visited, _ = consumer
+        tiles = cutlass.max(visited.end - visited.begin, 0)
         if thread.index == 0 and self._first_row(consumer) < work.span_q.length:
             counts = operands.stats.tile_counts
-            for which, count in enumerate((kept, visited)):
+            for which, count in enumerate((kept, tiles)):
                 offset = cute.crd2idx((which, work.tile.batch_idx, work.tile.head_idx), counts.layout)
                 cute.arch.red(counts.iterator + offset, count, op="add", dtype="s32", sem="relaxed", scope="gpu")
 
