@@ -13,7 +13,7 @@ import torch
 
 import cute_sparse
 from cute_sparse.problem import TileGeometry
-from profiling import bench, peers, rows, timing
+from profiling import bench, decode, peers, rows, timing
 from profiling.peers import KeptTiles, Missing, Shape
 
 ORIGIN = rows.Origin("Some GPU", "580.1", "2.13", "4.8.1", "abc", "2026-01-01T00:00:00+00:00")
@@ -464,6 +464,37 @@ def test_requests_that_make_no_sense_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         bench.main(arguments)
     assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.fixture
+def emulated_gpu(monkeypatch):
+    """torch's "cuda" device, played by the emulator, and times that say nothing."""
+    pytest.importorskip("cutlass")
+    from cute_sparse import dispatch, emulator
+
+    for name, value in dict(FLUSH_BYTES=64, LOAD_MS=0.0, WARMUP_RUNS=1, ROUNDS_MIN=1, ROUNDS_MAX=1).items():
+        monkeypatch.setattr(timing, name, value)
+    monkeypatch.setattr(dispatch, "_plans", {})
+    dispatch._gpu_target.cache_clear()
+    with emulator.device("sm_90a", torch_cuda=True):
+        yield
+    dispatch._gpu_target.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "op, case, shape, peer, metric",
+    [
+        ("prefill", "small-d64", SHAPE, "flash", "rate"),
+        ("decode", "decode-small-d64", decode.DecodeShape((300, 65), 2, 1, 64, 64, 64), "copy", "bandwidth"),
+    ],
+    ids=["prefill", "decode"],
+)
+def test_the_whole_command_runs_on_an_emulated_gpu(op, case, shape, peer, metric, tmp_path, emulated_gpu, monkeypatch):
+    monkeypatch.setitem(bench.CASES_OF[op], case, shape)
+    assert bench.main([op, "--case", case, "--peers", peer, "--out", str(tmp_path)]) == 0
+    found = {(row.provider, row.metric) for row in rows.read(tmp_path / f"{op}.jsonl")}
+    assert {(name, of_time) for name in ("cute_sparse", peer) for of_time in ("time", metric)} <= found
+    assert ("cute_sparse", "error") in found
 
 
 def test_several_cases_run_in_their_order_and_what_was_compiled_for_one_is_forgotten(tmp_path, monkeypatch):
