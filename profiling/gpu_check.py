@@ -28,6 +28,7 @@ benchmark's and the tests' code has run on an emulated one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -241,13 +242,17 @@ def kernel_cache() -> dict[str, str]:
     return {} if folder is None else {"CUTE_SPARSE_CACHE_DIR": str(folder.parent)}
 
 
+END_S = 20.0  # for a killed process to end; behind it the next step begins anyhow
+
+
 def _end_group(process: subprocess.Popen) -> None:
     """The process and what it started, which is its process group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold on to one whose kernel hangs
+        process.wait(END_S)
 
 
 def check(

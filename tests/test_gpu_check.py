@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -129,6 +130,16 @@ def test_a_process_at_its_limit_ends_with_its_children(tmp_path):
     assert "begun" in (tmp_path / "log.txt").read_text()
     child = int((tmp_path / "child").read_text())
     assert ended(child)
+
+
+def test_a_killed_process_that_does_not_end_holds_nothing_up(monkeypatch):
+    class Stuck:
+        pid = 2**22 + 1  # above any
+
+        def wait(self, seconds):
+            raise subprocess.TimeoutExpired("stuck", seconds)
+
+    gpu_check._end_group(Stuck())
 
 
 def ended(pid: int) -> bool:
