@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
 
+import cute_sparse
 from cute_sparse import calibration
 from cute_sparse.calibration import Point, Sample
 from cute_sparse.problem import TileGeometry
@@ -52,6 +54,48 @@ def test_a_calibrated_target_is_achieved_on_unseen_inputs():
     assert other.achieved < 0.42
 
 
+def decode_sample(seqlen: int, seed: int) -> Sample:
+    """The last query of `sample`, its four query heads on two KV heads."""
+    whole = sample(seqlen, seed)
+    return whole._replace(q=whole.q[:, -1:], k=whole.k[:, :, :2], phase="decode")
+
+
+def test_a_calibrated_target_of_decode_is_achieved_on_unseen_inputs():
+    geometry = TileGeometry(tile_m=8, tile_rows=8, tile_n=12)
+    fitted = [decode_sample(length, seed) for seed in range(3) for length in (256, 384)]
+    model = calibration.calibrate(fitted, geometry, [4.0**exponent for exponent in range(-4, 5)])
+    assert model.phase == "decode"
+    unseen = [decode_sample(320, 100 + seed) for seed in range(4)]
+    for target in (0.5, 0.75):
+        rows = calibration.report(model, unseen, target)
+        assert abs(sum(row.achieved for row in rows) / len(rows) - target) < 0.12, (target, rows, model)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 8.0])
+def test_what_is_measured_is_what_attention_counts(softcap):
+    """Window and softcap included, on the geometry in its stats."""
+    one = sample(700, 0)
+    q, k = one.q.bfloat16(), one.k.bfloat16()
+    options = dict(softmax_scale=1.0, softcap=softcap, window_size=(450, 0), return_stats=True)
+    stats = cute_sparse.attention(q, k, k, threshold=0.5, **options).stats
+    given = Sample(q, k, 1.0, window_left=450, softcap=softcap)
+    (point,) = calibration.measure([given], stats.geometry, [350.0])
+    assert point == calibration.point(350.0, [stats.tile_counts]) and point.sparsity > 0
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_what_is_measured_is_what_decode_counts(num_splits):
+    one = decode_sample(900, 0)
+    q, k = one.q.bfloat16(), one.k.bfloat16()
+    stats = cute_sparse.decode(
+        q, k, k, seqused_k=torch.tensor([900], dtype=torch.int32), softmax_scale=1.0, threshold=4.0 / 900,
+        num_splits=num_splits, return_stats=True,
+    ).stats  # fmt: skip
+    given = Sample(q, k, 1.0, phase="decode", num_splits=num_splits)
+    (point,) = calibration.measure([given], stats.geometry, [4.0])
+    assert point == calibration.point(4.0, [stats.tile_counts]) and point.sparsity > 0
+
+
 def test_the_geometry_matters():
     samples = [sample(256, 0)]
     small = calibration.measure(samples, GEOMETRY, [8.0])[0].sparsity
@@ -61,11 +105,65 @@ def test_the_geometry_matters():
 
 def test_saved_and_loaded(tmp_path):
     model = calibration.calibrate([sample(160, 0)], GEOMETRY, FACTORS)
-    calibration.save(model, tmp_path / "model.json")
-    assert calibration.load(tmp_path / "model.json") == model
+    for saved in (model, dataclasses.replace(model, phase="decode", geometry=None, residual=None)):
+        calibration.save(saved, tmp_path / "model.json")
+        assert calibration.load(tmp_path / "model.json") == saved
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "a": 1.0}'])
+COEFFICIENTS = {"prefill": {"a": 7.93, "b": 8.61}, "decode": {"a": 0.12, "b": 9.85}}
+FITTED = {"formula": "a * exp(b * target_sparsity)", **COEFFICIENTS}
+EXPORTED = {
+    "both phases": (
+        {"config_groups": {"group_0": {
+            "algorithm": "skip_softmax", "targets": ["Attention"], "ignore": ["model.layers.0.self_attn"],
+            "threshold_scale_factor": FITTED, "target_sparsity": {"prefill": 0.5, "decode": 0.3}}}},
+        {"prefill": 0.5, "decode": 0.3}, ("model.layers.0.self_attn",)),
+    "one target for both": (
+        {"config_groups": {"g": {"threshold_scale_factor": FITTED, "target_sparsity": 0.5}, "h": {"algorithm": "x"}}},
+        {"prefill": 0.5, "decode": 0.5}, ()),
+    "an older version": (
+        {"config_groups": {"group_0": {"sparse_algo": "softmax_skip"}}, "threshold_scale_factor": FITTED,
+         "target_sparse_ratio": {"prefill": 0.4}}, {"prefill": 0.4}, ()),
+    "no target": ({"threshold_scale_factor": FITTED}, {}, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section, targets, ignore", EXPORTED.values(), ids=EXPORTED)
+def test_a_checkpoint_of_model_optimizer(tmp_path, section, targets, ignore):
+    """Coefficients as published for Qwen3-30B-A3B-2507."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "sparse_attention_config": section}))
+    got = calibration.load_model_optimizer(tmp_path / "config.json")
+    assert got.targets == targets and got.ignore == ignore
+    for phase, fitted in COEFFICIENTS.items():
+        model = got.models[phase]
+        assert (model.a, model.b, model.phase) == (fitted["a"], fitted["b"], phase)
+        assert model.threshold(0.5, 65536) == pytest.approx(fitted["a"] * math.exp(fitted["b"] * 0.5) / 65536)
+    with pytest.raises(ValueError, match="geometry is not known"):
+        calibration.report(got.models["prefill"], [sample(160, 0)], 0.5)
+    assert calibration.report(got.models["prefill"], [sample(160, 0)], 0.5, GEOMETRY)[0].target == 0.5
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    {
+        "{}": "sparse_attention_config",
+        "[]": "list",
+        '{"sparse_attention_config": {}}': "not enough values",
+        '{"sparse_attention_config": {"threshold_scale_factor": 3.0}}': "not enough values",
+        '{"sparse_attention_config": {"threshold_scale_factor": {}}}': "no coefficients",
+        '{"sparse_attention_config": {"threshold_scale_factor": {"prefill": {"a": 1}}}}': "'b'",
+        '{"sparse_attention_config": {"threshold_scale_factor": {"formula": "a", "prefill": {}}}}': "formula is 'a'",
+        '{"sparse_attention_config": {"threshold_scale_factor": {},'
+        ' "config_groups": {"g": {"threshold_scale_factor": {}}}}}': "too many values",
+    }.items(),
+)
+def test_a_checkpoint_without_one_calibration_is_refused(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json holds no calibrated.*{message}"):
+        calibration.load_model_optimizer(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "a": 1.0}'])
 def test_what_was_not_saved_here_is_refused(tmp_path, content):
     (tmp_path / "model.json").write_text(content)
     with pytest.raises(ValueError, match="model.json is not a threshold model"):
@@ -77,7 +175,11 @@ def test_bad_use_is_refused():
         calibration.fit([Point(1.0, 0.0), Point(2.0, 0.5), Point(4.0, 0.9)], GEOMETRY)
     with pytest.raises(ValueError, match="no tile"):
         calibration.measure([], GEOMETRY)
+    with pytest.raises(ValueError, match="phases are .'decode', 'prefill'.; they must all be one"):
+        calibration.calibrate([sample(160, 0), decode_sample(160, 0)], GEOMETRY)
     model = calibration.calibrate([sample(160, 0)], GEOMETRY, FACTORS)
+    with pytest.raises(ValueError, match="a sample of decode for a model of prefill"):
+        calibration.report(model, [decode_sample(160, 0)], 0.5)
     with pytest.raises(ValueError, match="outside the calibrated"):
         model.threshold(0.999, 1024)
     with pytest.raises(ValueError, match="outside the calibrated"):
