@@ -97,6 +97,27 @@ def test_a_causal_model_with_a_cache_agrees_with_eager_attention(lengths):
         logits(integration.NAME, lambda: transformers.StaticCache(config=config, max_cache_len=40))
 
 
+def test_a_threshold_may_follow_the_length(tokens):
+    """A number for a batch without padding, one for each sequence where there is some."""
+    asked = []
+
+    def threshold(keys):
+        asked.append(keys)
+        return cute_sparse.threshold_from_scale_factor(5.0, keys)
+
+    integration.register(threshold=threshold)
+    model = load(attn_implementation=integration.NAME)
+    layers = model.config.num_hidden_layers
+    alone = {name: value[1:] for name, value in tokens.items()}
+    one = embed(model, alone)
+    assert asked == [tokens["input_ids"].shape[1]] * layers
+    asked.clear()
+    both = embed(model, tokens)
+    lengths = tokens["attention_mask"].sum(1, keepdim=True)
+    assert len(asked) == layers and all(torch.equal(keys, lengths) for keys in asked)
+    assert (both[1] * one[0]).sum() > 0.99999
+
+
 @pytest.mark.parametrize("name", integration.UNSUPPORTED_OPTIONS)
 def test_options_that_would_change_the_result_are_refused(name):
     integration.register()

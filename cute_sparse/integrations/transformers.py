@@ -24,19 +24,22 @@ NAME = "cute_sparse"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Of transformers' attention functions: what would change the result.
 UNSUPPORTED_OPTIONS = ("position_bias", "head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
+Threshold = float | torch.Tensor | None
 PROBED_ROWS = 16  # query rows on which a model's mask is compared with the band that the kernels apply
 
 
 def register(
     name: str = NAME,
     *,
-    threshold: float | torch.Tensor | None = None,
+    threshold: Threshold | Callable[[int | torch.Tensor], Threshold] = None,
     float32_as: torch.dtype | None = torch.float16,
     on_stats: Callable[[torch.nn.Module, cute_sparse.Stats], None] | None = None,
 ) -> None:
     """Register attention under `name` for `attn_implementation=name`; registering again replaces it.
 
-    threshold   as in `cute_sparse.attention`
+    threshold   as in `cute_sparse.attention`, or a function of the number of keys that gives one: of an int, or, for a
+                padded batch, of an int tensor (batch, 1). For instance `lambda keys: model.threshold(0.5, keys)`, where
+                model is a `cute_sparse.calibration.ThresholdModel` of prefill
     float32_as  the type in which the attention of a float32 model is computed; None refuses such models
     on_stats    called with the attention module and its `Stats` after each layer
     """
@@ -110,21 +113,24 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout, is_caus
         window_size=(None, None) if window is None else (window - 1, None),
         softcap=options.get("softcap") or 0.0,
         learnable_sink=None if options.get("s_aux") is None else options["s_aux"].float(),
-        threshold=threshold,
         return_stats=on_stats is not None,
     )
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (batch, seqlen, heads, head_dim)
     if attention_mask is None:
-        result = cute_sparse.attention(query, key, value, **arguments)
+        result = cute_sparse.attention(query, key, value, threshold=_of(threshold, key.shape[1]), **arguments)
     else:
-        result = _attend_unpadded(query, key, value, attention_mask, arguments)
+        result = _attend_unpadded(query, key, value, attention_mask, threshold, arguments)
     if on_stats is not None:
         on_stats(module, result.stats)
         result = result.out
     return result.to(dtype)
 
 
-def _attend_unpadded(query, key, value, mask, arguments):
+def _of(threshold, keys: int | torch.Tensor) -> Threshold:
+    return threshold(keys) if callable(threshold) else threshold
+
+
+def _attend_unpadded(query, key, value, mask, threshold, arguments):
     """mask bool (batch, seqlen_k). Padding rows of the result are 0."""
     batch, seqlen_q, heads_q, _ = query.shape
     if mask.shape != key.shape[:2]:
@@ -138,7 +144,8 @@ def _attend_unpadded(query, key, value, mask, arguments):
     cu_q, cu_k = (torch.nn.functional.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in lengths)
     result = cute_sparse.attention_varlen(
         query.flatten(0, 1)[q_tokens], key.flatten(0, 1)[k_tokens], value.flatten(0, 1)[k_tokens],
-        cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=seqlen_q, max_seqlen_k=key.shape[1], **arguments,
+        cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=seqlen_q, max_seqlen_k=key.shape[1],
+        threshold=_of(threshold, lengths[1][:, None]), **arguments,
     )  # fmt: skip
     packed = result.out if arguments["return_stats"] else result
     padded = packed.new_zeros((batch * seqlen_q, heads_q, packed.shape[-1]))
