@@ -597,6 +597,10 @@ def warmup(
     arch            compile for "sm_90a", "sm_100a" or "sm_103a" into the disk cache alone, on a machine with any GPU
                     or none (but with the same CPU: the host part is native code)
     """
+    inputs.check_flags(
+        window=window, varlen=varlen, softcap=softcap, sink=sink, threshold=threshold, return_lse=return_lse,
+        return_stats=return_stats, share_max=share_max, **{} if causal is None else {"causal": causal},
+    )  # fmt: skip
     if dtype not in inputs.DTYPE_NAMES:
         raise NotImplementedError(f"{dtype=} is not supported; supported are {', '.join(map(str, inputs.DTYPE_NAMES))}")
     if device is not None and arch is not None:

@@ -469,6 +469,9 @@ def test_warmup_says_what_is_wrong(monkeypatch):
         cute_sparse.warmup(kind="decode", varlen=True)
     with pytest.raises(ValueError, match="page_size=16.* for decode, not for prefill"):
         cute_sparse.warmup(page_size=16)
+    for name in ("causal", "window", "varlen", "softcap", "sink", "threshold", "return_lse", "share_max"):
+        with pytest.raises(TypeError, match=f"{name} is a float; it must be True or False"):
+            cute_sparse.warmup(arch="sm_90a", **{name: 20.0})
 
 
 def test_warmup_compiles_what_the_call_will_ask_for(monkeypatch):
