@@ -145,9 +145,10 @@ def survey(
     for mutation, mutated in mutations(ptx, launch.lines):
         if after is not None and mutation in after.noticed:
             continue
-        how = _how_noticed(device, mutated, schedules)
+        idle = mutation.line in launch.unheard  # the other schedules would make no difference either
+        how = _how_noticed(device, mutated, schedules[:1] if idle else schedules)
         if how is None:
-            (result.idle if mutation.line in launch.unheard else result.survived).append(mutation)
+            (result.idle if idle else result.survived).append(mutation)
         else:
             result.noticed[mutation] = how
     return result if after is None else combined([after, result])

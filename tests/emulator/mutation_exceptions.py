@@ -19,6 +19,16 @@ LAST_BEFORE_THE_END = (
     "tensor memory may be freed, and ends. It orders shared memory that nobody touches any more"
 )
 
+COMMITTED_TOGETHER = (
+    "the load warp waits for one query tile's buffer, then for the other's: both are released by two commits in a row, "
+    "behind the last Q K^T of both, so that whoever has waited for one may write the other"
+)
+FENCED_AGAIN = (
+    "it follows the initialisation of one barrier; all warps execute another one behind the rest of the barriers and "
+    "before the cluster's barrier"
+)
+WAIT = "mbarrier.try_wait.parity.shared.b64 P1, [%], %, 10000000;"
+
 # (reason, how many statements of this shape may survive in one kernel)
 EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
     "our prefill, sm_90a, dense": {},
@@ -31,8 +41,11 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
     "our decode, sm_100a, dense": {},
     "our decode, sm_100a, threshold": {},
     "FlashAttention-4, sm_90a": {},
-    "FlashAttention-4, sm_100a": {
-        "mbarrier.try_wait.parity.shared.b64 P1, [%], %, 10000000;": (LAST_BEFORE_THE_END, 2)
+    "FlashAttention-4, sm_100a": {WAIT: (LAST_BEFORE_THE_END, 2)},
+    "FlashAttention-4, sm_100a, head dim 64, full": {WAIT: (f"{LAST_BEFORE_THE_END}. And one: {COMMITTED_TOGETHER}", 3)},
+    "FlashAttention-4, sm_100a, pairs of CTAs": {
+        WAIT: (f"{LAST_BEFORE_THE_END}. And one: {COMMITTED_TOGETHER}", 3),
+        "fence.mbarrier_init.release.cluster;": (FENCED_AGAIN, 1),
     },
 }
 

@@ -1,4 +1,9 @@
-"""FlashAttention-4 as its package ships it, on both architectures: kernels that no one here wrote."""
+"""FlashAttention-4 as its package ships it, on both architectures: kernels that no one here wrote.
+
+Not here: three query heads to a KV head on sm_100, whose rows TMA cannot pack. That forward fills Q by cp.async, a
+generic-proxy write, and multiplies it behind the mbarrier alone: the only fence.proxy.async of its PTX are the
+epilogue's. The emulator reports MissingProxyFence.
+"""
 
 from __future__ import annotations
 

@@ -249,23 +249,33 @@ def assert_noticed(kernel: str, result: mutate.Survey) -> None:
     assert result.share >= 0.95 and result.total > 40, result
 
 
-@pytest.mark.parametrize("arch, head_dim", [("sm_90a", 64), ("sm_100a", 128)])
-def test_removals_in_flash_attention_4_are_noticed(arch, head_dim):
+# (architecture, head dim, causal, SMs)
+FLASH_ATTENTION_4 = {
+    "FlashAttention-4, sm_90a": ("sm_90a", 64, True, 1),
+    "FlashAttention-4, sm_100a": ("sm_100a", 128, True, 1),
+    "FlashAttention-4, sm_100a, head dim 64, full": ("sm_100a", 64, False, 1),
+    "FlashAttention-4, sm_100a, pairs of CTAs": ("sm_100a", 128, False, 2),
+}
+
+
+@pytest.mark.parametrize("kernel", FLASH_ATTENTION_4)
+def test_removals_in_flash_attention_4_are_noticed(kernel):
     pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
     from flash_attn.cute import flash_attn_func
 
+    arch, head_dim, causal, sms = FLASH_ATTENTION_4[kernel]
     forget_the_gpu()
-    with emulator.device(arch, sms=1, torch_cuda=True) as device:
+    with emulator.device(arch, sms=sms, torch_cuda=True) as device:
         device.core.record(True)
         try:
-            q, k, v = (tensor.bfloat16().cuda() for tensor in structured_qkv(1, 640, 2, 1, head_dim))
-            out, *_ = flash_attn_func(q, k, v, causal=True)
+            q, k, v = (tensor.bfloat16().cuda() for tensor in structured_qkv(1, 384, 2, 1, head_dim))
+            out, *_ = flash_attn_func(q, k, v, causal=causal)
             result = mutate.survey(device)
         finally:
             device.core.record(False)
             forget_the_gpu()
     assert out.isfinite().all()
-    assert_noticed(f"FlashAttention-4, {arch}", result)
+    assert_noticed(kernel, result)
 
 
 def test_a_freed_result_is_not_written_to():
