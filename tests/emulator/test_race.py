@@ -362,6 +362,18 @@ def test_lanes_that_have_read_one_word_may_let_it_be_overwritten(run, readers, a
     start(run, READ_THEN_OVERWRITTEN.format(readers=readers, arrivals=arrivals, arriving=arriving, sync=sync))
 
 
+@pytest.mark.parametrize("touch", ["st.shared.b32 [%r12], %r1", "ld.shared.b32 %r6, [%r12]"], ids=["written", "read"])
+def test_lanes_that_are_no_neighbours_speak_for_their_own_words(run, touch):
+    """Every eighth lane touches a word next to the last one's, and tells of it in one of two halves."""
+    start(run, f"""
+    and.b32 %r10, %r1, 7; setp.eq.u32 %p3, %r10, 0; shr.u32 %r11, %r1, 1; add.u32 %r12, %r3, %r11; mov.u32 %r13, bars;
+    setp.eq.u32 %p4, %r0, 0; @%p4 mbarrier.init.shared.b64 [%r13], 4; @%p4 st.shared.v4.b32 [%r3], {{%r1, %r1, %r1, %r1}};
+    bar.sync 0; @%p2 bra WAIT; @!%p3 bra END; {touch}; setp.lt.u32 %p5, %r1, 16;
+    @%p5 mbarrier.arrive.shared.b64 _, [%r13]; @!%p5 mbarrier.arrive.shared.b64 _, [%r13]; bra END;
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p6, [%r13], 0; @!%p6 bra WAIT; @%p0 st.shared.v4.b32 [%r3], {{%r1, %r1, %r1, %r1}}; END:
+    """)
+
+
 @pytest.mark.parametrize("readers, arrivals, arriving", [(32, 1, "%p0"), (2, 1, "%p0"), (32, 8, "%p5")])
 def test_a_lane_does_not_speak_for_others_that_read_the_same_word(run, readers, arrivals, arriving):
     """mbarrier.arrive has release semantics for the executing thread alone (PTX ISA, "mbarrier.arrive")."""

@@ -66,7 +66,8 @@ class Touches {
   ~Touches() noexcept(false) { if (!std::uncaught_exceptions()) flush(); }
   void add(const Place& place, uint32_t bytes, uint32_t lane) {
     if (place.space == Space::local || place.space == Space::param) return;
-    if (bytes_ && place.space == space_ && place.address == begin_ + bytes_) {
+    if (bytes_ && place.space == space_ && place.address == begin_ + bytes_ &&
+        (repeats_ || lane == lane_ + bytes_ / bytes_each_)) {
       bytes_ += bytes;
       return;
     }
