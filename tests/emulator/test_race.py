@@ -275,6 +275,15 @@ def test_a_cluster_that_overwrites_what_another_may_still_read_races(run, sync, 
         start(run, READ_FLAG.format(who="", sync=sync, release=release, acquire=acquire), grid=2, block=32)
 
 
+@pytest.mark.parametrize("teller", [0, 1])
+def test_of_two_clusters_that_read_none_is_forgotten(run, teller):
+    body = f"""mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r2, 2; setp.eq.u32 %p2, %r2, {teller};
+    @%p1 bra WAIT; ld.global.b32 %r7, [%d0]; @!%p2 bra END; bar.warp.sync -1; @%p0 st.release.gpu.global.b32 [%d0+256], %r9; bra END;
+    WAIT: ld.acquire.gpu.global.b32 %r6, [%d0+256]; setp.eq.u32 %p3, %r6, 0; @%p3 bra WAIT; @%p0 st.global.b32 [%d0], %r9; END:"""
+    with pytest.raises(RACE, match=f"after the read by warp 0 .*of cluster {1 - teller}"):
+        start(run, body, grid=3, block=32)
+
+
 @pytest.mark.parametrize("sync, races", [("bar.warp.sync -1;", False), ("", True)], ids=["converged", "alone"])
 def test_a_lane_does_not_tell_other_clusters_of_other_lanes_writes(run, sync, races):
     body = """mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r2, 0; mul.wide.u32 %d3, %r1, 4; add.s64 %d3, %d3, %d0;
