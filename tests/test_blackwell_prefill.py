@@ -122,12 +122,14 @@ def test_neither_spills_nor_local_memory(arch, tmp_path):
 
 def test_a_dense_kernel_contains_no_vote():
     dense, sparse = compiled_ptx([problem(96, sparsity=sparsity) for sparsity in SPARSITIES], "sm_100a")
-    assert "red.or.pred" in sparse and "red.or.pred" not in dense
+    assert sparse.count("vote.sync") - dense.count("vote.sync") == 1
+    assert "st.shared.b8" in sparse and "st.shared.b8" not in dense
     # Nor the barriers that tell of it.
     assert sparse.count("mbarrier.init") - dense.count("mbarrier.init") == 2 * DECISIONS
 
 
-ONE_CTA = {name: CASES[name] for name in ("packed", "head dim 64", "head dim 96", "skip", "skip, head dim 64")} | {
+SEVERAL_TILES = "packed", "head dim 64", "head dim 96", "skip", "skip, head dim 64", "skip, causal", "skip, window"
+ONE_CTA = {name: CASES[name] for name in SEVERAL_TILES} | {
     "skip, several sequences": Case(lengths_q=(300,) * 2, lengths_k=(600,) * 2, threshold=0.05),
     "skip, one query tile": Case(
         lengths_q=(300,), lengths_k=(700,), head_dim=256, head_dim_v=256, threshold=0.05, mixed=True
@@ -187,7 +189,7 @@ def test_what_a_config_cannot_do_for_a_problem_is_refused_by_name():
     for fields in (dict(sparsity="threshold"), dict(varlen=True), dict(mask="band")):
         with pytest.raises(NotImplementedError, match="pairs of CTAs compute dense problems"):
             Prefill(problem(**fields), pair)
-    sparse = problem(sparsity="threshold", mask="causal")
+    sparse = problem(sparsity="threshold", varlen=True)
     with pytest.raises(NotImplementedError, match="one work tile"):
         Prefill(sparse, dataclasses.replace(blackwell_config.choose(sparse), ctas=2))
 

@@ -169,19 +169,17 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[PrefillConfig]:
     return [config for config in configs if config is not None]
 
 
-# What ptxas 13.0 compiles without spilling in a loop over KV tiles. With a mask, the state of the vote and of the next
-# work tile do not fit beside a row of scores (C7600 at 208 registers, or up to 84 bytes spilled), nor for packed
-# sequences (up to 52 bytes): such a kernel leaves the order of its work tiles to the hardware's block scheduler.
-_TWO_TILES_DENSE = dict(registers_softmax=200, registers_correction=56, registers_other=56)
-_TWO_TILES_SPARSE = dict(registers_softmax=208, registers_correction=48, registers_other=48)
+# What ptxas 13.0 compiles without spilling in a loop over KV tiles: 200, 56, 56 spills 8 bytes of the sparse kernel
+# with a full mask at d128; 192, 64, 64 up to 36 bytes of packed ones.
+_TWO_TILES = dict(registers_softmax=200, registers_correction=56, registers_other=56)
+_TWO_TILES_SPARSE_FULL = dict(registers_softmax=192, registers_correction=64, registers_other=64)
 _ONE_TILE = dict(registers_softmax=248, registers_correction=112, registers_other=128)
 
 
 def may_stay(problem: Problem) -> bool:
-    """Whether CTAs may take work tile after work tile."""
-    if problem.sparsity is None:
-        return True
-    return problem.mask == "full" and not problem.varlen
+    """Whether CTAs may take work tile after work tile. Not where packed sequences are sparse: the state of the vote, of
+    the masks and of the next work tile do not fit beside a row of scores (up to 128 bytes spilled)."""
+    return not (problem.sparsity and problem.varlen)
 
 
 def _pairs(problem: Problem) -> tuple[bool, ...]:
@@ -212,6 +210,7 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
     stages = _ring_stages(left, k_bytes, v_bytes)
     if stages is None:
         return None
+    sparse_full = problem.sparsity is not None and problem.mask == "full" and not problem.varlen
     return PrefillConfig(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
@@ -225,7 +224,7 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
         exp2_emulated=exp2_emulated,
         cta_pair=pair,
         ctas=SMS if may_stay(problem) else 0,
-        **(_TWO_TILES_SPARSE if problem.sparsity else _TWO_TILES_DENSE),
+        **(_TWO_TILES_SPARSE_FULL if sparse_full else _TWO_TILES),
     )
 
 

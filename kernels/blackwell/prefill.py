@@ -7,7 +7,6 @@ skipped: no exponential, no P V.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -28,7 +27,6 @@ from cute_sparse.kernels.blackwell.config import (
 from cute_sparse.kernels.blackwell.softmax import (
     RowSoftmax,
     accumulated,
-    any_of_group,
     exponentials,
     multiply_row,
     pack,
@@ -72,15 +70,9 @@ STORE_ELEMENTS = 8  # 16 bytes: one store
 KEPT, SKIPPED = 1, 2  # in the skip map
 BARRIERS_PER_PIPE = 2  # query tiles or score buffers, whichever are more
 TILE_SLOTS = 2  # work tiles announced ahead
-DECISIONS = 8  # skip decisions remembered per query tile: more than the load warp may lag behind the vote
+DECISIONS_LOG2 = 3
+DECISIONS = 1 << DECISIONS_LOG2  # remembered per query tile: more than the load warp may lag behind the vote
 TILE_ALIGN_BYTES = 1024  # shared-memory tiles: one repetition of the widest swizzle
-
-
-class NamedBarrier(IntEnum):
-    """Hardware barriers. 0 is the whole CTA's."""
-
-    CTA = 0
-    VOTE = 1  # + query tile: the 128 softmax threads that decide on a skip
 
 
 class Pipes(NamedTuple):
@@ -108,7 +100,7 @@ class Tiles(NamedTuple):
     sK: Any  # (MMA, MMA_N, MMA_K, slot)
     sV: Any  # (MMA, MMA_N, MMA_K, slot)
     sFactor: Any  # (TILE_M, query tile) fp32: what the rows of O are multiplied with at the end
-    sKeep: Any  # (DECISIONS, query tile) int32: whether a KV tile was kept, at its number modulo DECISIONS
+    sVotes: Any  # (DECISIONS of a query tile, of the next ..) int32: a byte a warp, 1 if it wants the KV tile
 
 
 @dataclass(frozen=True)
@@ -222,16 +214,17 @@ class Prefill:
       q         load -> mma: query tiles; full: 1 + TMA bytes; empty: 1 commit of the last Q K^T
       s_full    mma -> softmax: score buffers; 1 commit of Q K^T. It implies that every product issued before is
                 complete, so that with two query tiles O may be rescaled
-      p_ready   softmax -> mma: score buffers; 128 threads: S was read, the first columns of P written, O rescaled,
-                and, if the problem is sparse, sKeep says whether there is a P at all
-      p_rest    softmax -> mma: score buffers; 128 threads: the rest of P. Only for kept tiles. Of each buffer, because
-                with one query tile a warp may be done with the next tile before another is with this one
+      p_ready   softmax -> mma: score buffers; 128 threads: S was read, the first columns of P written, O rescaled.
+                Only for kept tiles, as
+      p_rest    softmax -> mma: score buffers; 128 threads: the rest of P. Of each buffer, because with one query tile
+                a warp may be done with the next tile before another is with this one
       o_step    mma -> softmax, with one query tile: 1 commit of a P V. O may be rescaled
       o_done    mma -> correction: query tiles; 1 commit of the last P V
       row_done  softmax -> correction: query tiles; 128 threads: sFactor is written
       factor_free  correction -> softmax: query tiles; 128 threads: sFactor was read. Only if persistent
       o_free    correction -> mma: query tiles; 128 threads: O was read. Only if persistent
-      decided   softmax -> load, in sparse problems: DECISIONS slots a query tile; 1 thread: sKeep is written
+      decided   softmax -> softmax, mma, load, in sparse problems: DECISIONS slots a query tile; 4 warps: S was read,
+                and the warp's byte of sVotes written
 
     Timeline (steady state, two query tiles; the KV tile in brackets)
       mma        P0 V(i)  Q0 K(i+1)  P1 V(i)  Q1 K(i+1)  P0 V(i+1) ..
@@ -252,19 +245,22 @@ class Prefill:
       The CTAs of a pair compute the same rows of two query heads, which see the same keys; or, where heads_q / heads_kv
     is odd, neighbouring rows of one, of which under a causal mask the upper see one KV tile less: they answer it with
     P = 0 (`_blank_tile`).
-      Tried in the timing model (clocks for 128 keys of two query tiles, d128, full mask). In pairs: 2240 with 4 of 16
-    exponentials emulated, 2107 with 6; P released after 64 columns instead of 96 changes nothing (2242). Sparse,
-    everything kept: 2354 -> 2243 with 6, -> 2188 with the decision published beside the exponentials, not before.
+      Tried in the timing model (clocks for 128 keys of two query tiles, d128, full mask): 2240 with 4 of 16
+    exponentials emulated, 2107 with 6; P released after 64 columns instead of 96 changes nothing (2242).
       A sparse problem's CTAs stay alone: a product of 256 rows takes place unless both query tiles skip it, so that
     pairs would multiply more, a CTA that skips would still have to write P = 0 wherever the other keeps, and the
     halves of V would be fetched on the word of four query tiles in two CTAs. So do those of packed batches,
     whose work tiles are claimed one by one, which a pair would have to do together.
 
-    The skip. The 128 threads of a query tile vote in one instruction (`any_of_group`) after the maximum; the
-    result travels in sKeep with the arrival that the MMA warp waits for in any case. A dense problem compiles
-    neither. V of a tile that both query tiles skip is not fetched where the tile before was not wanted either:
-    the load warp fetches ahead until it sees a tile that nobody wanted, then waits for each vote (`decided`: one
-    arrival per query tile) before it fetches, until a tile is wanted again. Kept tiles never wait for a vote,
+    The skip. After the maximum each warp of a query tile puts its vote into sVotes, all at one barrier (`decided`). A
+    warp that wants the tile goes on at once, for the tile is kept whatever the others say; one that does not waits
+    for them. The MMA warp reads the votes while the exponentials run, and waits for P only if there will be one; of
+    a skipped tile it knows from the votes that S was read. A dense problem compiles none of it. In the timing model
+    (d128, full mask, clocks for 128 keys of two query tiles, everything kept) this takes 2106 and the dense kernel
+    without pairs 2103; with a vote that holds all four warps, read beside P, it was 2183.
+      V of a tile that both query tiles skip is not fetched where the tile before was not wanted either:
+    the load warp fetches ahead until it sees a tile that nobody wanted, then waits for each vote (`decided`)
+    before it fetches, until a tile is wanted again. Kept tiles never wait for a vote,
     except the first after a run of skipped ones, whose load (about 1000 clocks) runs beside its exponentials
     (about 1000). The first v_lag + 1 tiles of a run are fetched in vain. An unwanted slot is passed on unfilled.
     """
@@ -294,8 +290,8 @@ class Prefill:
         problem, config = self.problem, self.config
         if config.ctas > 0 and not may_stay(problem):
             raise NotImplementedError(
-                f"{config.ctas=} with {problem.sparsity=}, {problem.mask=}, {problem.varlen=}: registers suffice for "
-                "one work tile per CTA, ctas=0; for more with a full mask, not packed"
+                f"{config.ctas=} with {problem.sparsity=}, {problem.varlen=}: registers suffice for one work tile per "
+                "CTA, ctas=0"
             )
         if config.cta_pair and (self.sparse or problem.varlen or problem.mask == "band"):
             raise NotImplementedError(
@@ -517,9 +513,9 @@ class Prefill:
             if work.ranges[s].begin <= n_block and n_block < work.ranges[s].end:
                 number = counts[s] + work.ranges[s].end - 1 - n_block
                 if const_expr(wait):
-                    decided = pipes.decided + (s * DECISIONS + number % DECISIONS)
-                    cute.arch.mbarrier_wait(decided, number // DECISIONS & 1)
-                kept = self._decision(tiles, s, number)
+                    kept = self._decided(pipes, tiles, s, number)
+                else:
+                    kept = self._decision(tiles, s, number)
                 wanted = kept or wanted
         return wanted
 
@@ -531,7 +527,7 @@ class Prefill:
         plan = self.config.tmem
         fragments = self._fragments(op, tiles)
         k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
-        q_parity, p_parity, rest_parity, o_parity = Int32(0), Int32(0), Int32(0), Int32(0b11)  # one bit a query tile
+        q_parity, p_parity, o_parity = Int32(0), Int32(0), Int32(0b11)  # one bit a query tile; P: of kept tiles
         counts = [Int32(0), Int32(0)]  # KV tiles of each query tile in the work tiles before
         tile, claim = schedule.first()
         while tile.m_block != NO_TILE:
@@ -549,15 +545,14 @@ class Prefill:
                         pipes.v.wait(v_cursor)
                     for s in cutlass.range_constexpr(2):
                         if is_within(n_block + 1, begins[s], sizes[s]):
-                            cute.arch.mbarrier_wait(pipes.p_ready + s, p_parity >> s & 1)
-                            tmem.fence_after_sync()
-                            p_parity = p_parity ^ (1 << s)
-                            if const_expr(self.persistent):
-                                if started >> s & 1 == 0:
-                                    cute.arch.mbarrier_wait(pipes.o_free + s, o_parity >> s & 1)
-                                    tmem.fence_after_sync()
-                                    o_parity = o_parity ^ (1 << s)
-                            if self._kept(tiles, s, counts[s] + begins[s] + sizes[s] - 2 - n_block):
+                            if self._kept(pipes, tiles, s, counts[s] + begins[s] + sizes[s] - 2 - n_block):
+                                cute.arch.mbarrier_wait(pipes.p_ready + s, p_parity >> s & 1)
+                                tmem.fence_after_sync()
+                                if const_expr(self.persistent):
+                                    if started >> s & 1 == 0:
+                                        cute.arch.mbarrier_wait(pipes.o_free + s, o_parity >> s & 1)
+                                        tmem.fence_after_sync()
+                                        o_parity = o_parity ^ (1 << s)
                                 self._values(
                                     fragments,
                                     base + plan.outputs[s],
@@ -566,9 +561,9 @@ class Prefill:
                                     0,
                                     started >> s & 1 != 0,
                                     pipes.p_rest + s,
-                                    rest_parity >> s & 1,
+                                    p_parity >> s & 1,
                                 )
-                                rest_parity = rest_parity ^ (1 << s)
+                                p_parity = p_parity ^ (1 << s)
                                 started = started | (1 << s)
                         active = is_within(n_block, begins[s], sizes[s])
                         scores = base + plan.scores[s]
@@ -602,7 +597,7 @@ class Prefill:
         k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
         q_parity, o_parity = Int32(0), Int32(1)
         first = Int32(0)  # KV tiles before this work tile
-        rest_parity = Int32(0)  # one bit a buffer of S: kept tiles only
+        p_parity = Int32(0)  # one bit a buffer of S: kept tiles only
         tile, claim = schedule.first()
         while tile.m_block != NO_TILE:
             work = self._work(op, tile)
@@ -631,14 +626,15 @@ class Prefill:
                     if i > 0:
                         last = first + i - 1
                         buffer = last & 1
-                        cute.arch.mbarrier_wait(pipes.p_ready + buffer, last >> 1 & 1)
-                        tmem.fence_after_sync()
-                        if const_expr(self.persistent):
-                            if started == 0:
-                                cute.arch.mbarrier_wait(pipes.o_free, o_parity)
-                                tmem.fence_after_sync()
-                                o_parity = o_parity ^ 1
-                        keep = self._kept(tiles, 0, last)
+                        keep = self._kept(pipes, tiles, 0, last)
+                        if keep:
+                            cute.arch.mbarrier_wait(pipes.p_ready + buffer, p_parity >> buffer & 1)
+                            tmem.fence_after_sync()
+                            if const_expr(self.persistent):
+                                if started == 0:
+                                    cute.arch.mbarrier_wait(pipes.o_free, o_parity)
+                                    tmem.fence_after_sync()
+                                    o_parity = o_parity ^ 1
                         for chunk in cutlass.range_constexpr(config.v_chunks):
                             pipes.v.wait(v_cursor)
                             if keep:
@@ -650,7 +646,7 @@ class Prefill:
                                     chunk,
                                     started != 0,
                                     pipes.p_rest + buffer,
-                                    rest_parity >> buffer & 1,
+                                    p_parity >> buffer & 1,
                                 )
                             with cute.arch.elect_one():
                                 umma.commit(pipes.v.empty(v_cursor), self.pair)
@@ -658,7 +654,7 @@ class Prefill:
                         if keep:
                             with cute.arch.elect_one():
                                 umma.commit(pipes.o_step, self.pair)
-                            rest_parity = rest_parity ^ (1 << buffer)
+                            p_parity = p_parity ^ (1 << buffer)
                             started = Int32(1)
                         if i == steps:
                             with cute.arch.elect_one():
@@ -666,15 +662,29 @@ class Prefill:
             first += steps
             tile, claim = schedule.next(tile, claim)
 
-    def _kept(self, tiles: Tiles, query_tile: int, number: Int32):
-        """Whether a query tile's `number`-th KV tile, whose P is ready, was kept: always, in a dense problem."""
-        return self._decision(tiles, query_tile, number) if self.sparse else True
+    def _kept(self, pipes: Pipes, tiles: Tiles, query_tile: int, number: Int32):
+        """Whether there will be a P of a query tile's `number`-th KV tile: always, in a dense problem. If not, S is
+        read. Known long before P is ready, and so not waited for beside it."""
+        if not self.sparse:
+            return True
+        kept = self._decided(pipes, tiles, query_tile, number)
+        tmem.fence_after_sync()
+        return kept
 
-    def _decision(self, tiles: Tiles, query_tile: int, number: Int32) -> Boolean:
-        """The whole warp reads whether a KV tile was kept."""
-        kept = tiles.sKeep[number % DECISIONS, query_tile] != 0
+    def _decided(self, pipes: Pipes, tiles: Tiles, query_tile, number: Int32) -> Boolean:
+        """Whether a query tile's `number`-th KV tile is kept, once its four warps have voted."""
+        barrier = pipes.decided + self._decision_slot(query_tile, number)
+        cute.arch.mbarrier_wait(barrier, number >> DECISIONS_LOG2 & 1)
+        return self._decision(tiles, query_tile, number)
+
+    def _decision(self, tiles: Tiles, query_tile, number: Int32) -> Boolean:
+        """The whole warp reads whether any of the four voted for a KV tile."""
+        kept = tiles.sVotes[self._decision_slot(query_tile, number)] != 0
         cute.arch.sync_warp()  # all lanes have read before one of them lets the slot be written again
         return kept
+
+    def _decision_slot(self, query_tile, number: Int32) -> Int32:
+        return query_tile * DECISIONS + (number & (DECISIONS - 1))
 
     def _fragments(self, op: Operands, tiles: Tiles) -> Fragments:
         return Fragments(
@@ -834,17 +844,36 @@ class Prefill:
             tile_max = tile_maximum(scores)
             if const_expr(first):
                 state.start(tile_max, thread.in_sequence)
-                self._keep(step, n_block, count, buffer, address, scores, None, masked)
+                if const_expr(self.sparse):
+                    self._say(step, count, Boolean(True))
+                self._keep(step, n_block, buffer, address, scores, None, masked)
             elif const_expr(not self.sparse):
-                self._keep(step, n_block, count, buffer, address, scores, tile_max, masked)
+                self._keep(step, n_block, buffer, address, scores, tile_max, masked)
             else:
-                barrier = int(NamedBarrier.VOTE) + thread.query_tile
-                if any_of_group(state.wants(tile_max), barrier, GROUP_THREADS):
-                    self._keep(step, n_block, count, buffer, address, scores, tile_max, masked)
+                if self._vote(step, count, state.wants(tile_max)):
+                    self._keep(step, n_block, buffer, address, scores, tile_max, masked)
                 else:
-                    self._publish(step, n_block, count, SKIPPED)
-                    tmem.fence_before_sync()
-                    self._tell_leader(step.pipes.p_ready + buffer)
+                    self._record(step, n_block, SKIPPED)
+
+    @cute.jit
+    def _vote(self, step, count: Int32, row_wants: Boolean) -> Boolean:
+        """Whether any row of the query tile wants a KV tile. A warp that does need not ask the others."""
+        wanted = cute.arch.vote_any_sync(row_wants)
+        self._say(step, count, wanted)
+        if not wanted:
+            wanted = self._decided(step.pipes, step.tiles, step.thread.query_tile, count)
+        return wanted
+
+    @cute.jit
+    def _say(self, step, count: Int32, wanted: Boolean):
+        """The whole warp: its vote on a KV tile, for the other warps of its query tile, the MMA and the load warp."""
+        slot = self._decision_slot(step.thread.query_tile, count)
+        votes = cute.recast_tensor(step.tiles.sVotes, Uint8)
+        tmem.fence_before_sync()
+        cute.arch.sync_warp()  # one lane tells for all of them that S is read
+        with cute.arch.elect_one():
+            votes[slot * WARPS_PER_GROUP + step.thread.row // THREADS_PER_WARP] = Uint8(wanted)
+            cute.arch.mbarrier_arrive(step.pipes.decided + slot)
 
     @cute.jit
     def _await_scores(self, step, count: Int32):
@@ -876,7 +905,6 @@ class Prefill:
         self,
         step,
         n_block: Int32,
-        count: Int32,
         buffer,
         address: Int32,
         scores,
@@ -900,7 +928,7 @@ class Prefill:
             # The sums run beside the exponential unit, which takes eight clocks for a warp's instruction.
             sums = accumulated(sums, p)
             if const_expr(first_column + FRAGMENT == config.p_early_columns):
-                self._publish(step, n_block, count, KEPT)  # beside the exponentials, which it would hold up before
+                self._record(step, n_block, KEPT)  # beside the exponentials, which it would hold up before
                 tmem.wait_stores()
                 tmem.fence_before_sync()
                 self._tell_leader(pipes.p_ready + buffer)
@@ -926,13 +954,8 @@ class Prefill:
                 tmem.store(output + first_column, multiply_row(columns, factor[0]))
 
     @cute.jit
-    def _publish(self, step, n_block: Int32, count: Int32, decision: cutlass.Constexpr[int]):
-        """Tell the MMA warp (by the next arrival on p_ready), the load warp and the skip map what becomes of a tile."""
-        if const_expr(self.sparse):
-            slot = count % DECISIONS
-            if step.thread.row == 0:
-                step.tiles.sKeep[slot, step.thread.query_tile] = Int32(decision == KEPT)
-                cute.arch.mbarrier_arrive(step.pipes.decided + (step.thread.query_tile * DECISIONS + slot))
+    def _record(self, step, n_block: Int32, decision: cutlass.Constexpr[int]):
+        """Tell the skip map what became of a tile."""
         if const_expr(self.problem.return_stats):
             if step.thread.row == 0:
                 map_row = step.thread.q_idx // TILE_M
@@ -1123,7 +1146,7 @@ class Prefill:
                 cute.arch.mbarrier_init(getattr(pipes, name) + i, arrivals.get(name, 1))
         if self.sparse:
             for i in range(self.config.query_tiles * DECISIONS):
-                cute.arch.mbarrier_init(pipes.decided + i, 1)
+                cute.arch.mbarrier_init(pipes.decided + i, WARPS_PER_GROUP)
 
     def _tiles(self, op: Operands, storage) -> Tiles:
         return Tiles(
@@ -1131,7 +1154,7 @@ class Prefill:
             storage.sK.get_tensor(op.sK_layout.outer, swizzle=op.sK_layout.inner),
             storage.sV.get_tensor(op.sV_layout.outer, swizzle=op.sV_layout.inner),
             storage.sFactor.get_tensor(cute.make_layout((TILE_M, self.config.query_tiles))),
-            storage.sKeep.get_tensor(cute.make_layout((DECISIONS, self.config.query_tiles))),
+            storage.sVotes.get_tensor(cute.make_layout(DECISIONS * self.config.query_tiles)),
         )
 
 
@@ -1161,7 +1184,7 @@ def shared_storage(config: PrefillConfig, dtype: type, sQ_layout, sK_layout, sV_
         decided: cute.struct.MemRange[Int64, DECISIONS * config.query_tiles]
         sTile: cute.struct.Align[cute.struct.MemRange[Int32, SLOT_WORDS * TILE_SLOTS], TMA_ALIGN_BYTES]
         tmem_base: Int32
-        sKeep: cute.struct.MemRange[Int32, DECISIONS * config.query_tiles]
+        sVotes: cute.struct.MemRange[Int32, DECISIONS * config.query_tiles]
         sFactor: cute.struct.MemRange[Float32, TILE_M * config.query_tiles]
         sQ: tile(sQ_layout)
         sK: tile(sK_layout)
