@@ -144,6 +144,7 @@ BAD = {
     "out with a wrong stride": (dict(out=bf16(2, 20, 16, 4).transpose(2, 3)), ValueError, "out has strides"),
     "out on its own memory": (dict(out=bf16(2, 20, 1, 16).expand(2, 20, 4, 16)), ValueError, "out .*share memory"),
     "rows of out overlap": (dict(out=bf16(2600).as_strided((2, 20, 4, 16), (1280, 64, 8, 1))), ValueError, "share mem"),
+    "out requires grad": (dict(out=bf16(2, 20, 4, 16).requires_grad_()), NotImplementedError, "out requires grad"),
     "out on q": (dict(q=Q, out=Q), ValueError, "out .*memory of its own"),
     "out on a part of q": (dict(q=ROOM[:2], out=ROOM[1:]), ValueError, "out .*memory of its own"),
     "out on rows of v": (
@@ -167,6 +168,7 @@ BAD_VARLEN = {
     "cu_seqlens int64": (dict(cu_seqlens_q=int32(0, 10, 10, 30).long()), ValueError, "_q .*int64.*torch.int32"),
     "cu_seqlens of rank 2": (dict(cu_seqlens_q=int32(0, 10, 10, 30)[None]), ValueError, "cu_seqlens_q has shape"),
     "cu_seqlens empty": (dict(cu_seqlens_q=int32(), cu_seqlens_k=int32()), ValueError, "cu_seqlens_q has shape"),
+    "cu_seqlens with gaps": (dict(cu_seqlens_q=int32(0, 9, 10, 9, 10, 9, 30)[::2]), ValueError, "_q has .*contiguous"),
     "cu_seqlens on another device": (dict(cu_seqlens_q=int32(0, 1).to("meta")), ValueError, "cu_seqlens_q is on meta"),
     "batches differ": (dict(cu_seqlens_k=int32(0, 25, 40)), ValueError, "4 entries, cu_seqlens_k 3"),
     "cu_seqlens decrease": (dict(cu_seqlens_k=int32(0, 25, 20, 40)), ValueError, "cu_seqlens_k=.* decreases"),
@@ -226,6 +228,10 @@ BAD_DECODE = {
     ),
     "a negative page": (
         dict(page_table=TABLE, seqused_k=int32(3, 40)), ValueError, r"page_table\[1, 2\]=-5, .* 8 pages",
+    ),
+    "a table of 2^31 tokens": (
+        dict(page_table=torch.empty((2, 2**23), dtype=torch.int32), k_cache=bf16(1, 256, 2, 16),
+             v_cache=bf16(1, 256, 2, 16)), NotImplementedError, r"2147483648 keys; at most 2\*\*31 - 1",
     ),
     "longer than the table": (dict(page_table=TABLE, seqused_k=int32(3, 49)), ValueError, r"=49 .*\[0, 48\]"),
     "no split": (dict(num_splits=0), ValueError, "num_splits=0 must be a positive integer, or None"),
@@ -299,13 +305,18 @@ def test_decode_is_causal_unless_told_otherwise():
     assert not torch.allclose(call_decode(), call_decode(causal=False))
 
 
-@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("which", ["q", "k"])
 def test_tensors_over_2_to_31_elements_are_refused_by_name(which):
     """Memory that is never touched costs nothing; k and v are one tensor, so that their lengths agree."""
     q, big = bf16(1, 20, 4, 128), huge()
     given = dict(q=big if which == "q" else q, k=big if which != "q" else q, v=big if which != "q" else q)
     with pytest.raises(NotImplementedError, match=r"over \d{10} elements; .*2\*\*31 - 1"):
         call(**given)
+
+
+def test_a_broadcast_tensor_counts_with_all_its_elements():
+    with pytest.raises(NotImplementedError, match=r"k .* over 2147484160 elements"):
+        inputs._check_memory("k", bf16(1, 1, 4, 128).expand(1, 2**22 + 1, 4, 128))
 
 
 def test_a_bad_value_is_found_also_when_the_same_shapes_were_checked_before():
@@ -319,6 +330,9 @@ def test_a_bad_value_is_found_also_when_the_same_shapes_were_checked_before():
         call(threshold=threshold)
     with pytest.raises(ValueError, match="decreases"):
         call_varlen(cu_seqlens_k=cu_seqlens)
+    call(q=bf16(2, 20, 4, 16))
+    with pytest.raises(ValueError, match="q starts at .*16-byte aligned"):
+        call(q=misaligned(2, 20, 4, 16))
     q = tensors()[0]
     with torch.no_grad():
         call(q=q.requires_grad_())
