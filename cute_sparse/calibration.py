@@ -39,7 +39,7 @@ class Sample(NamedTuple):
     softcap      as in `attention`
     phase        "prefill": each query head decides for itself, as `attention` does; "decode": all query heads of a KV
                  head together, as `decode` does, q a decode step
-    num_splits   of decode: each part has a running maximum of its own, and keeps its first tile
+    num_splits   of decode: each part has a running maximum of its own, which begins with those of two tiles
     """
 
     q: torch.Tensor

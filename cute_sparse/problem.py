@@ -87,8 +87,9 @@ class TileGeometry:
     A group wholly outside the sequence is neither decided, nor counted, nor in the skip map.
 
     In decode a group is `tile_rows` packed rows of a KV head (row i * group + g is query i of its g-th query head), and
-    all groups of a sequence visit the tiles in which any of its queries may see a key. The range is cut into splits
-    (`splits.py`): to each the rule applies as to a range of its own, so that each keeps its first tile.
+    all groups of a sequence visit the tiles in which any of its queries may see a key: the last, the first, and then
+    from the last but one down. That order is cut into splits (`splits.py`), each with maxima of its own, which begin
+    with those of the order's first two tiles (`splits.seeds`).
     """
 
     tile_m: int

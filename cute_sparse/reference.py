@@ -268,7 +268,7 @@ class DecodeOracle(NamedTuple):
     lse          (batch, heads_q, seqlen_q): natural log, -inf for a row with no key
     skip_map     uint8 (batch, heads_kv, row blocks, KV tiles of the capacity): 0 not visited, 1 kept, 2 skipped
     tile_counts  int32 (2, batch, heads_kv): kept, visited
-    margin       like skip_map, as `Oracle.margin`, against what a split knows of itself: +inf for its first tile
+    margin       like skip_map, as `Oracle.margin`, against what a split knows of itself: +inf for an item's first tile
     least_margin like margin, against the largest maximum that any split of the item ever has: where it is negative a
                  split that was told of it may skip the tile, too, also as its first
     """
@@ -307,7 +307,7 @@ def decode(
     k_cache, v_cache  (batch, capacity, heads_kv, head_dim[_v]), or pages (pages, page_size, heads_kv, head_dim[_v])
     page_table   integers (batch, max pages); those without a key that some query sees are not looked at
     num_splits, ctas, min_tiles  how a launch cuts the work (`splits.item_cuts`): each split has a running maximum of
-                 its own. By default it is not cut.
+                 its own, which begins with those of `splits.seeds`. By default it is not cut.
     share_max    the splits of an item run one after the other, and know the maxima of those before them
     geometry     `tile_rows` packed rows (`packed_rows`) of a KV head decide together
     threshold, sink, window_*, skip_map  as in `attention`; the skip map is that of `DecodeOracle`
@@ -389,8 +389,8 @@ def visible_keys(seqlen_q: int, seqlen_k: int, window_left: int, window_right: i
 
 
 def tiles_of(keys: slice, tile_n: int) -> list[int]:
-    """The KV tiles that hold these keys, from the last to the first."""
-    return list(range(-(-keys.stop // tile_n) - 1, keys.start // tile_n - 1, -1)) if keys.stop > keys.start else []
+    """The KV tiles that hold these keys, in the order in which they are visited."""
+    return splits.visiting_order(keys.start // tile_n, -(-keys.stop // tile_n)) if keys.stop > keys.start else []
 
 
 def cached_tokens(cache: torch.Tensor, pages: torch.Tensor | None, batch_idx: int, keys: slice) -> torch.Tensor:
@@ -435,9 +435,9 @@ def _decide(
     nothing = tile_max.new_full((rows,), -math.inf)
     published = nothing
     for begin, end in zip(cuts, cuts[1:], strict=False):
-        row_max = nothing
+        row_max = torch.cat([nothing[:, None], tile_max[:, : splits.seeds(begin)]], dim=1).amax(dim=1)
         for position in range(begin, end):
-            if log_lambda is not None and position > begin:
+            if log_lambda is not None and position > 0:
                 margin[position] = margin_against(position, row_max)
             if log_lambda is not None and given is None:
                 told = share_max and bool((published > -math.inf).any())

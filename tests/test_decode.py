@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cute_sparse
-from cute_sparse import dispatch, reference
+from cute_sparse import dispatch, reference, splits
 from cute_sparse import inputs as checks
 from cute_sparse import threshold as thresholds
 from cute_sparse.problem import TileGeometry
@@ -35,6 +35,19 @@ def splitting_of(case: DecodeCase, inputs: DecodeInputs) -> dict:
     more = dict(out=None, return_lse=True, return_stats=True)
     plan = dispatch.plan_decode(inputs.q, inputs.k_cache, inputs.v_cache, arguments(case, inputs) | more)
     return plan.splitting
+
+
+def seeds_of(case: DecodeCase, inputs: DecodeInputs, geometry: TileGeometry, splitting: dict) -> int:
+    """How many tiles the splits of a call look at before their own."""
+    left, right = case.window
+    bounds = (10**6 if left is None else left, 0 if case.causal else right)
+    items = [
+        max(len(reference.tiles_of(keys, geometry.tile_n)), 1)
+        for length in inputs.seqused_k.tolist()
+        for keys in [reference.visible_keys(case.seqlen_q, length, *bounds)]
+        for _ in range(case.heads_kv * -(-case.seqlen_q * case.group // geometry.tile_rows))
+    ]
+    return sum(splits.seeds(begin) for cuts in splits.item_cuts(items, **splitting) for begin in cuts[:-1])
 
 
 def oracle(case, inputs, geometry, splitting, skip_map=None, dtype=torch.float64) -> reference.DecodeOracle:
@@ -329,9 +342,12 @@ def test_lengths_and_pages_that_nobody_checked_are_safe(decoder, monkeypatch, nu
 
 
 def test_splits_that_share_their_maxima_skip_more(decoder):
-    """With the splits one after the other (one SM), each knows the maxima of all before it."""
+    """With the splits one after the other (one SM), each knows the maxima of all before it: of the tile in which all
+    have their highest scores, and that is not among the two at which every split looks."""
     case = CASES["shared maxima, many splits"]
     inputs = make_decode_inputs(case, device=decoder.device)
+    pages = inputs.page_table[0, : case.lengths[0] // 64 + 1]
+    inputs.k_cache[pages[8], 5] = 1.5 * inputs.k_cache[pages[-1], (case.lengths[0] - 1) % 64]
     skipped = {}
     for share_max in (False, True):
         now = replace(case, share_max=share_max)
@@ -367,9 +383,11 @@ def test_k_is_loaded_of_every_tile_visited_and_v_of_every_tile_kept_and_nothing_
     with cute_sparse.emulated(arch) as device:
         got = call(case, inputs, return_lse=True, return_stats=True)
         (launch,) = device.launches
+        splitting = splitting_of(case, inputs)
     kept, visited = got.stats.tile_counts.sum(dim=(1, 2)).tolist()
     keys_bytes = got.stats.geometry.tile_n * 2
-    expected = keys_bytes * (visited * case.head_dim + kept * case.head_dim_v)
+    seeds = seeds_of(case, inputs, got.stats.geometry, splitting) if case.threshold else 0
+    expected = keys_bytes * ((visited + seeds) * case.head_dim + kept * case.head_dim_v)
     assert launch.counts.tma_bytes_loaded == expected
     assert got.stats.v_bytes_not_read.sum() == (visited - kept) * keys_bytes * case.head_dim_v
 

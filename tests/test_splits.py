@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cuda.bindings.driver as cuda
+import cutlass
 import cutlass.cute as cute
 import pytest
 import torch
@@ -18,9 +19,10 @@ LENGTHS = {
     "one long among short": [40, 3000, 1, 0, 64, 65],
     "one": [900],
     "all empty": [0, 0],
-    "more than a warp": [64 * (index % 5) for index in range(70)],
+    "more than a lane": [64 * (index % 5) for index in range(70)],
+    "more than are read at once": [64 * (index % 3) for index in range(200)],
 }
-MAX_SEGMENTS = 256  # that a CTA of these cases has
+MAX_SEGMENTS = 512  # that a CTA of these cases has
 
 
 def positions_of(lengths: list[int], items_per_sequence: int) -> list[int]:
@@ -57,12 +59,23 @@ def test_no_two_partial_results_share_a_slot(lengths, num_splits):
     assert max(slots, default=0) < splits.partial_slots(len(items), 7, num_splits)
 
 
+def test_the_last_and_the_first_tile_are_visited_first():
+    assert splits.visiting_order(3, 8) == [7, 3, 6, 5, 4]
+    assert [splits.visiting_order(3, end) for end in (6, 5, 4, 3)] == [[5, 3, 4], [4, 3], [3], []]
+
+
+LOOKS = 4  # that are written down of a segment: the first, and the last
+
+
 class Dump:
-    """A kernel that writes down the segments it walks: ints (ctas, MAX_SEGMENTS, 7), 0 beyond."""
+    """A kernel that writes down the segments it walks: ints (ctas, MAX_SEGMENTS, 7 + LOOKS), 0 beyond."""
+
+    def __init__(self, seeded: bool):
+        self.seeded = seeded
 
     @cute.jit
     def __call__(self, seqused_k, out, batch: Int32, row_blocks: Int32, num_splits: Int32, ctas: Int32, stream):
-        plan = SplitPlan("full", TILE_N, 2, seqused_k, Int32(1 << 20), Int32(1), None, None,
+        plan = SplitPlan("full", TILE_N, 2, self.seeded, seqused_k, Int32(1 << 20), Int32(1), None, None,
                          batch, Int32(2), row_blocks, num_splits, ctas)  # fmt: skip
         self.kernel(plan, out).launch(grid=(ctas, 1, 1), block=(64, 1, 1), stream=stream)
 
@@ -86,7 +99,11 @@ class Dump:
                     out[cta, count, 3] = segment.split
                     out[cta, count, 4] = segment.splits
                     out[cta, count, 5] = segment.slot(segment.split)
-                    out[cta, count, 6] = segment.tile + 1 - segment.begin
+                    looks = plan.looks(segment)
+                    out[cta, count, 6] = looks
+                    for i in cutlass.range_constexpr(LOOKS):
+                        look = cutlass.min(Int32(i), looks - 1) if i < LOOKS - 1 else looks - 1
+                        out[cta, count, 7 + i] = plan.n_block(segment, look)
                 count += 1
             walk = plan.next(walk)
 
@@ -94,17 +111,28 @@ class Dump:
 @pytest.mark.parametrize("num_splits", [0, 1, 3])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_the_device_cuts_as_the_host_does(lengths, num_splits):
+    for seeded in (False, True):
+        check_the_device(lengths, num_splits, seeded)
+
+
+def check_the_device(lengths, num_splits, seeded):
     row_blocks, ctas = 2, 6
     seqused_k = torch.tensor(lengths, dtype=torch.int32)
-    out = torch.zeros((ctas, MAX_SEGMENTS, 7), dtype=torch.int32)
+    out = torch.zeros((ctas, MAX_SEGMENTS, 7 + LOOKS), dtype=torch.int32)
     with emulator.device("sm_90a"):
         arguments = (from_dlpack(seqused_k), from_dlpack(out), len(lengths), row_blocks, num_splits, ctas)
-        cute.compile(Dump(), *arguments, cuda.CUstream(0))(*arguments, cuda.CUstream(0))
+        cute.compile(Dump(seeded), *arguments, cuda.CUstream(0))(*arguments, cuda.CUstream(0))
     items = positions_of(lengths, 2 * row_blocks)
     plan = splits.fixed(items, ctas, num_splits) if num_splits else splits.stream_k(items, ctas, 2)
     for cta, segments in enumerate(plan):
         for number, segment in enumerate(segments):
             tiles = -(-lengths[segment.item // (2 * row_blocks)] // TILE_N)
-            assert out[cta, number].tolist() == [*segment, tiles - segment.begin], (cta, number)
+            order = splits.visiting_order(0, tiles) if seeded else list(reversed(range(tiles)))
+            seeds = splits.seeds(segment.begin) if seeded else 0
+            looks = order[:seeds] + order[segment.begin : segment.end]
+            found = out[cta, number].tolist()
+            assert found[:7] == [*segment, len(looks)], (cta, number)
+            if looks:
+                assert found[7:] == [looks[min(i, len(looks) - 1)] for i in (0, 1, 2, -1)], (cta, number)
         assert not out[cta, len(segments) :].any()
     assert not out[len(plan) :].any()

@@ -99,6 +99,11 @@ class OnlineSoftmax:
         highest = cute.arch.fmax(self.row_max[row], row_max, nan=True)
         self.skip_bound[row] = highest + _of_row(threshold_raw, row)
 
+    def seed(self, thread_max: list, threshold_raw) -> None:
+        """Begin with the maxima of a tile that is visited elsewhere; before any tile that is visited here."""
+        unused = cute.make_rmem_tensor(self.rows, Float32)
+        self._move(self._raise_row_max(thread_max, threshold_raw), unused)
+
     def has_seen_key(self, row: int):
         """Whether a row's true maximum is one; only in a sparse kernel."""
         return ~(self.row_max[row] <= FLOOR)

@@ -18,9 +18,12 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, Uint32
 
 from cute_sparse.device.mask import Band
+from cute_sparse.splits import SEEDS
 
-WALK_WORDS = 8  # int32 words of a walk in shared memory, padded to a multiple of 16 bytes
+WALK_WORDS = 8  # int32 words of a walk in shared memory
 WARP = 32
+PER_LANE = 4  # sequences whose lengths a lane reads at once
+CHUNK = PER_LANE * WARP
 
 
 class Cuts(NamedTuple):
@@ -50,6 +53,7 @@ class Walk(NamedTuple):
 
     batch_idx, item  a sequence, and one of its items
     number           stream-K: the item's first position in the line of all; else the part's number
+    seqlen_k         the sequence's keys
     start, stop      the CTA's part of the line; else, `stop` alone, the number of parts
     base, longer     how the line is cut, as in `Cuts`; only for stream-K
     """
@@ -57,6 +61,7 @@ class Walk(NamedTuple):
     batch_idx: Any
     item: Any
     number: Any
+    seqlen_k: Any
     start: Any
     stop: Any
     base: Any
@@ -71,7 +76,9 @@ class Segment(NamedTuple):
     """What a CTA does at a stretch: the positions [begin, end) of one item.
 
     item            its number among all items
-    tile            the KV tile of position 0; position p is tile `tile - p`
+    seqlen_k        the sequence's keys
+    tile, oldest    the last and the first KV tile that the item visits
+    seeds           how many tiles it looks at for their maxima before it visits its own; 0 in a dense kernel
     split, splits   which part of the item, and of how many
     visible         false for the phantom position of a sequence that visits no tile
     first_slot, slots_from, slot_step  the slot of part 0, and of part s > 0: slots_from + s * slot_step
@@ -81,9 +88,12 @@ class Segment(NamedTuple):
     kv_head: Any
     row_block: Any
     item: Any
+    seqlen_k: Any
     begin: Any
     end: Any
     tile: Any
+    oldest: Any
+    seeds: Any
     visible: Any
     split: Any
     splits: Any
@@ -102,12 +112,15 @@ class SplitPlan:
 
     mask, tile_n  as in `Band`
     min_tiles     the fewest positions of a CTA, if there is more than one CTA's worth
+    seeded        whether tiles are skipped: they are then visited in `splits.visiting_order`, and parts have seeds. If
+                  not, position p is the p-th tile from the last
     num_splits    0: stream-K; else parts per item
     """
 
     mask: cutlass.Constexpr[str]
     tile_n: cutlass.Constexpr[int]
     min_tiles: cutlass.Constexpr[int]
+    seeded: cutlass.Constexpr[bool]
     seqused_k: Any
     capacity: Any
     seqlen_q: Any
@@ -119,20 +132,24 @@ class SplitPlan:
     num_splits: Any
     ctas: Any
 
-    def band(self, batch_idx) -> Band:
-        """The mask of one sequence."""
-        length = cutlass.max(cutlass.min(self.seqused_k[batch_idx], self.capacity), 0)
-        return Band(self.mask, self.tile_n, self.seqlen_q, length, self.window_left, self.window_right)
+    def band(self, seqlen_k) -> Band:
+        """The mask of a sequence of as many keys."""
+        return Band(self.mask, self.tile_n, self.seqlen_q, seqlen_k, self.window_left, self.window_right)
 
-    def visited(self, batch_idx):
-        """The KV tiles that any query of a sequence visits."""
-        band = self.band(batch_idx)
+    def visited(self, seqlen_k):
+        """The KV tiles [first, end) that any query of a sequence visits."""
+        band = self.band(seqlen_k)
         first, last = band.keys(0).begin, band.keys(self.seqlen_q - 1).end
         return first // self.tile_n, (cutlass.max(last, 0) + (self.tile_n - 1)) // self.tile_n
 
-    def positions(self, batch_idx):
-        begin, end = self.visited(batch_idx)
-        return cutlass.max(end - begin, 1)
+    def positions(self, seqlen_k):
+        first, end = self.visited(seqlen_k)
+        return cutlass.max(end - first, 1)
+
+    def seqlen_k(self, batch_idx):
+        """The keys of a sequence, or of the last one instead of those behind it."""
+        length = self.seqused_k[cutlass.min(batch_idx, self.batch - 1)]
+        return cutlass.max(cutlass.min(length, self.capacity), 0)
 
     @property
     def items_per_sequence(self):
@@ -143,50 +160,71 @@ class SplitPlan:
         """By one whole warp, before a barrier of the CTA: find where this CTA begins; `words` (WALK_WORDS,) shared."""
         cta, _, _ = cute.arch.block_idx()
         if self.num_splits > 0:
-            _store(words, self._first_part(cta))
+            _store(words, self._part(cta))
         else:
             _store(words, self._first_of_line(cta))
 
-    def _first_part(self, cta) -> Walk:
+    def _part(self, number) -> Walk:
+        """At a part of a fixed plan."""
         parts = self.batch * self.items_per_sequence * self.num_splits
-        return Walk(Int32(0), Int32(0), cta, Int32(0), parts, Int32(0), Int32(0))
+        of_all = _divided(number, self.num_splits)
+        batch_idx = _divided(of_all, self.items_per_sequence)
+        item = of_all - batch_idx * self.items_per_sequence
+        return Walk(batch_idx, item, number, self.seqlen_k(batch_idx), Int32(0), parts, Int32(0), Int32(0))
 
     @cute.jit
     def _first_of_line(self, cta: Int32):
+        """A lane has some neighbouring sequences, and their lengths are read all at once: global memory is far away.
+        Only of a batch larger than CHUNK are they read again, to look for the chunk in which the CTA begins."""
         lane = cute.arch.lane_idx()
-        total = Int32(0)
-        batch_idx = lane
-        while batch_idx - lane < self.batch:
-            total += self._weight(batch_idx)
-            batch_idx += WARP
-        total = cute.arch.warp_reduction_sum(total)
+        lengths = cute.make_rmem_tensor(PER_LANE, Int32)
+        own = self._read(lengths, lane * PER_LANE)
+        after = _inclusive_scan(own, lane)
+        end = cute.arch.shuffle_sync(after, WARP - 1)
+        total = end
+        for first in cutlass.range(CHUNK, self.batch, CHUNK, unroll=1):
+            others = cute.make_rmem_tensor(PER_LANE, Int32)
+            total += cute.arch.warp_reduction_sum(self._read(others, first + lane * PER_LANE))
         busy = cutlass.max(cutlass.min(self.ctas, total // self.min_tiles), 1)
         cuts = Cuts.even(total, busy)
         start, stop = cuts.begin(cutlass.min(cta, busy)), cuts.begin(cutlass.min(cta + 1, busy))
 
-        # The sequence in which the CTA begins: as many lie wholly before `start`.
-        passed, before, first = Int32(0), Int32(0), Int32(0)
-        batch_idx = lane
-        while batch_idx - lane < self.batch:
-            after = before + _inclusive_scan(self._weight(batch_idx), lane)
-            is_passed = (batch_idx < self.batch) & (after <= start)
-            passed += Int32(is_passed)
-            first = cutlass.max(first, cutlass.select_(is_passed, after, Int32(0)))
-            before = cute.arch.shuffle_sync(after, WARP - 1)
-            batch_idx += WARP
-        passed = cute.arch.warp_reduction_sum(passed)
-        first = cute.arch.warp_reduction_max(first)
-        positions = self.positions(cutlass.min(passed, self.batch - 1))
-        item = _divided(start - first, positions)
-        return Walk(passed, item, first + item * positions, start, stop, cuts.base, cuts.longer)
+        first = Int32(0)
+        while end <= start and first + CHUNK < self.batch:
+            first += CHUNK
+            own = self._read(lengths, first + lane * PER_LANE)
+            after = end + _inclusive_scan(own, lane)
+            end = cute.arch.shuffle_sync(after, WARP - 1)
 
-    @cute.jit
-    def _weight(self, batch_idx: Int32):
-        """The positions of all items of a sequence; 0 past the last sequence."""
+        # The lane, and among its sequences the one, in which the CTA begins: as many lie wholly before `start`.
+        holder = cute.arch.popc(cute.arch.vote_ballot_sync(after <= start))
+        number = cute.arch.shuffle_sync(after - own, holder)
+        batch_idx = first + holder * PER_LANE
+        lengths = [cute.arch.shuffle_sync(lengths[i], holder) for i in range(PER_LANE)]
+        seqlen_k = lengths[0]
+        for i in cutlass.range_constexpr(PER_LANE - 1):
+            beyond = number + self._weight(lengths[i])
+            passes = (beyond <= start) & (batch_idx == first + holder * PER_LANE + i)
+            number = cutlass.select_(passes, beyond, number)
+            batch_idx += Int32(passes)
+            seqlen_k = cutlass.select_(passes, lengths[i + 1], seqlen_k)
+        positions = self.positions(seqlen_k)
+        item = _divided(start - number, positions)
+        number = cutlass.select_(start < stop, number + item * positions, stop)  # of a CTA without work, the end
+        return Walk(batch_idx, item, number, seqlen_k, start, stop, cuts.base, cuts.longer)
+
+    def _read(self, lengths: cute.Tensor, batch_idx):
+        """A lane's sequences from `batch_idx` on: their lengths, and the positions of all their items."""
         weight = Int32(0)
-        if batch_idx < self.batch:
-            weight = self.positions(batch_idx) * self.items_per_sequence
+        for i in range(PER_LANE):
+            lengths[i] = self.seqlen_k(batch_idx + i)
+        for i in range(PER_LANE):
+            weight += cutlass.select_(batch_idx + i < self.batch, self._weight(lengths[i]), Int32(0))
         return weight
+
+    def _weight(self, seqlen_k):
+        """The positions of all items of a sequence."""
+        return self.positions(seqlen_k) * self.items_per_sequence
 
     def first(self, words: cute.Tensor) -> Walk:
         """What `locate` found."""
@@ -202,11 +240,7 @@ class SplitPlan:
         per_sequence = self.items_per_sequence
         begin, end, split, splits = Int32(0), Int32(0), Int32(0), Int32(1)
         first_slot, slots_from, slot_step = Int32(0), Int32(0), Int32(1)
-        if self.num_splits > 0:
-            number = _divided(walk.number, self.num_splits)
-            batch_idx = _divided(number, per_sequence)
-            item = number - batch_idx * per_sequence
-        positions = self.positions(batch_idx)
+        positions = self.positions(walk.seqlen_k)
         if self.num_splits > 0:
             first_slot = (batch_idx * per_sequence + item) * self.num_splits
             slots_from = first_slot
@@ -224,25 +258,47 @@ class SplitPlan:
             split = cta - owner
             begins_inside = walk.number > walk.cuts.begin(owner)
             first_slot, slots_from, slot_step = 2 * owner + Int32(begins_inside), 2 * owner, Int32(2)
-        first_tile, end_tile = self.visited(batch_idx)
+        first_tile, end_tile = self.visited(walk.seqlen_k)
         kv_head = _divided(item, self.row_blocks)
+        seeds = cutlass.min(begin, SEEDS) if self.seeded else Int32(0)
         return Segment(
-            batch_idx, kv_head, item - kv_head * self.row_blocks, batch_idx * per_sequence + item, begin, end,
-            end_tile - 1, end_tile > first_tile, split, splits, first_slot, slots_from, slot_step,
+            batch_idx, kv_head, item - kv_head * self.row_blocks, batch_idx * per_sequence + item, walk.seqlen_k,
+            begin, end, end_tile - 1, first_tile, seeds, end_tile > first_tile, split, splits, first_slot, slots_from,
+            slot_step,
         )  # fmt: skip
+
+    def tiles(self, segment: Segment):
+        """How many KV tiles a segment visits: none at a phantom position, or in nobody's segment."""
+        return cutlass.select_(segment.visible, cutlass.max(segment.end - segment.begin, 0), Int32(0))
+
+    def looks(self, segment: Segment):
+        """How many KV tiles a segment looks at: its seeds, and those that it visits."""
+        tiles = self.tiles(segment)
+        return cutlass.select_(tiles > 0, tiles + segment.seeds, Int32(0))
+
+    def n_block(self, segment: Segment, look):
+        """The KV tile of a segment's look number `look`; of a look beyond the last, any tile that is visited or -1."""
+        if not self.seeded:
+            return segment.tile - segment.begin - look
+        passed = segment.begin - segment.seeds  # positions between the seeds and its own
+        descending = segment.tile + 1 - passed - look
+        return cutlass.select_(
+            look == 0, segment.tile, cutlass.select_(look == 1, segment.oldest, descending)
+        )
 
     @cute.jit
     def next(self, walk: Walk):
-        batch_idx, item, number, start, stop, base, longer = walk
+        batch_idx, item, number, seqlen_k, start, stop, base, longer = walk
         if self.num_splits > 0:
-            number += self.ctas
+            batch_idx, item, number, seqlen_k, _, _, _, _ = self._part(number + self.ctas)
         else:
-            number += self.positions(batch_idx)
+            number += self.positions(seqlen_k)
             item += 1
             if item == self.items_per_sequence:
                 item = Int32(0)
                 batch_idx += 1
-        return Walk(batch_idx, item, number, start, stop, base, longer)
+                seqlen_k = self.seqlen_k(batch_idx)
+        return Walk(batch_idx, item, number, seqlen_k, start, stop, base, longer)
 
 
 def _divided(numerator, denominator) -> Int32:
@@ -261,5 +317,5 @@ def _inclusive_scan(value, lane):
 def _store(words: cute.Tensor, walk: Walk) -> None:
     """By a whole warp."""
     with cute.arch.elect_one():
-        for i, value in enumerate((*walk, Int32(0))):  # the padding too: a 16-byte read fetches it
+        for i, value in enumerate(walk):
             words[i] = value

@@ -232,7 +232,7 @@ class Decode:
       1 part   1130 to 1145; 947 to 1002, the softmax's, of which 512 are exponentials
     Head dim 64 (565 for K and V): 4 parts 565, 2 parts 628, 1 part 947, more than their bytes.
     Warp instructions per tile with 4 parts: at most 170 of a softmax warp (with a threshold 195), 64 of score_mma, 80
-    of value_mma, 40 of each load warp (56 of load_v with a threshold).
+    of value_mma, 40 of each load warp (42 of load_k and 56 of load_v with a threshold).
     """
 
     def __init__(self, problem: Problem, config: DecodeConfig) -> None:
@@ -271,6 +271,7 @@ class Decode:
             problem.mask,
             config.tile_n,
             config.min_tiles,
+            self.sparse,
             decode.seqused_k,
             decode.capacity,
             decode.seqlen_q,
@@ -378,7 +379,7 @@ class Decode:
         walk = op.plan.first(tiles.sWalk)
         while op.plan.more(walk):
             segment = op.plan.segment(walk)
-            if _visited(segment) > 0:
+            if op.plan.tiles(segment) > 0:
                 rows = self._rows(op, segment)
                 count = rows.count * vectors_per_row
                 for first in cutlass.range(lane, count, THREADS_PER_WARP * Q_BATCH, unroll=1):
@@ -420,10 +421,10 @@ class Decode:
         walk = op.plan.first(tiles.sWalk)
         while op.plan.more(walk):
             segment = op.plan.segment(walk)
-            if _visited(segment) > 0:
+            if op.plan.tiles(segment) > 0:
                 keys, window = self._keys(op, segment), Window(Int32(-1), Int32(0))
-                for position in cutlass.range(segment.begin, segment.end, unroll=1):
-                    n_block = segment.tile - position
+                for look in cutlass.range(op.plan.looks(segment), unroll=1):
+                    n_block = op.plan.n_block(segment, look)
                     window = self._page_window(op.k, segment, keys, n_block, window)
                     with span("load K"):
                         pipes.k.acquire(cursor)
@@ -449,8 +450,8 @@ class Decode:
                         n_block = self._wanted(pipes, tiles, p_cursor)
                         p_cursor = pipes.p.advanced(p_cursor)
             else:
-                for i in cutlass.range(_visited(segment), unroll=1):
-                    n_block = segment.tile - segment.begin - i
+                for i in cutlass.range(op.plan.tiles(segment), unroll=1):
+                    n_block = op.plan.n_block(segment, i)
                     window = self._page_window(op.v, segment, keys, n_block, window)
                     cursor = self._load_v(op, pipes, tiles, segment, n_block, window, cursor)
             walk = op.plan.next(walk)
@@ -517,7 +518,7 @@ class Decode:
         q_cursor, k_cursor, s_cursor = consumer_cursor(), consumer_cursor(), producer_cursor()
         walk = op.plan.first(tiles.sWalk)
         while op.plan.more(walk):
-            steps = _visited(op.plan.segment(walk))
+            steps = op.plan.looks(op.plan.segment(walk))
             if steps > 0:
                 pipes.q.wait(q_cursor)
             for i in cutlass.range(steps, unroll=1):
@@ -642,34 +643,28 @@ class Decode:
                 rows = self._rows(op, segment)
                 exists = row < rows.count
                 active = first_row < rows.count
-                band = op.plan.band(segment.batch_idx)
+                band = op.plan.band(segment.seqlen_k)
                 place = Place(row, part, columns, part * columns, lane, rows.query(row), exists, active)
                 state = RowSoftmax.create(op.decode.scale.scale_log2, self._threshold_log2(op, rows, row))
                 state.start(-Float32.inf, exists)
                 state.row_sum[0] = Float32(0.0)
+                if const_expr(self.sparse):
+                    state.keep_next(exists & (segment.begin == 0))
+                if const_expr(self.sparse):
+                    s_cursor, parity = self._seed(
+                        op, pipes, tiles, segment, state, place, band, s_cursor, parity, parts
+                    )
                 published = self._published(op, segment, place)
-                whole = band.whole(0, op.decode.seqlen_q)
                 kept = Int32(0)
-                for i in cutlass.range(_visited(segment), unroll=1):
-                    n_block = segment.tile - segment.begin - i
-                    masked = (n_block < whole.begin) | (n_block >= whole.end)
-                    # -- the scores
-                    with span("await S"):
-                        pipes.s.wait(s_cursor)
-                    tmem.fence_after_sync()
+                for look in cutlass.range(segment.seeds, op.plan.looks(segment), unroll=1):
+                    n_block = op.plan.n_block(segment, look)
                     scores = cute.make_rmem_tensor(columns, Float32)
                     tile_max = cute.make_rmem_tensor(1, Float32)
-                    tile_max[0] = -Float32.inf
-                    if active:
-                        self._scores(op, s_cursor, place, band, n_block, masked, scores, tile_max)
-                    tmem.fence_before_sync()
-                    cute.arch.sync_warp()
-                    pipes.s.release(s_cursor)
-                    s_cursor = pipes.s.advanced(s_cursor)
+                    s_cursor = self._scores(op, pipes, s_cursor, place, band, n_block, scores, tile_max)
                     # -- the decision
                     wanted = Boolean(True)
                     if const_expr(self.sparse):
-                        wanted = self._decide(op, tiles, state, place, tile_max, i, parity, published, parts)
+                        wanted = self._decide(op, tiles, state, place, tile_max, parity, published, parts)
                         parity = parity ^ 1
                     if const_expr(self.problem.return_stats):
                         self._map(op, segment, n_block, wanted)
@@ -713,8 +708,52 @@ class Decode:
         tmem.wait_stores()  # of a CTA without a segment: nothing else waits before tensor memory is given back
 
     @cute.jit
-    def _scores(self, op: Operands, cursor: Cursor, place, band, n_block: Int32, masked: Boolean, scores, tile_max):
-        """This thread's part of a tile into `scores`, capped and masked, and their maximum."""
+    def _seed(
+        self,
+        op: Operands,
+        pipes: Pipes,
+        tiles: Tiles,
+        segment: Segment,
+        state,
+        place,
+        band,
+        s_cursor: Cursor,
+        parity: Int32,
+        parts: cutlass.Constexpr[int],
+    ):
+        """Begin with the maxima of the segment's seeds."""
+        for look in cutlass.range(segment.seeds, unroll=1):
+            scores = cute.make_rmem_tensor(place.columns, Float32)
+            tile_max = cute.make_rmem_tensor(1, Float32)
+            n_block = op.plan.n_block(segment, look)
+            s_cursor = self._scores(op, pipes, s_cursor, place, band, n_block, scores, tile_max)
+            if const_expr(parts > 1):
+                sMax = self._maxima(tiles, parts)
+                sMax[place.part, place.row, parity] = tile_max[0]
+                cute.arch.barrier(barrier_id=int(NamedBarrier.VOTE), number_of_threads=GROUP_THREADS)
+                tile_max[0] = _maximum_of([sMax[part, place.row, parity] for part in range(parts)])
+            parity = parity ^ 1
+            state.seed(tile_max[0])
+        return s_cursor, parity
+
+    @cute.jit
+    def _scores(self, op: Operands, pipes: Pipes, cursor: Cursor, place, band, n_block: Int32, scores, tile_max):
+        """This thread's part of the next tile into `scores`, capped and masked, and their maximum."""
+        whole = band.whole(0, op.decode.seqlen_q)
+        masked = (n_block < whole.begin) | (n_block >= whole.end)
+        with span("await S"):
+            pipes.s.wait(cursor)
+        tmem.fence_after_sync()
+        tile_max[0] = -Float32.inf
+        if place.active:
+            self._load_scores(op, cursor, place, band, n_block, masked, scores, tile_max)
+        tmem.fence_before_sync()
+        cute.arch.sync_warp()
+        pipes.s.release(cursor)
+        return pipes.s.advanced(cursor)
+
+    @cute.jit
+    def _load_scores(self, op: Operands, cursor: Cursor, place, band, n_block: Int32, masked, scores, tile_max):
         plan, columns = self.config.tmem, place.columns
         address = place.lane + plan.scores + cursor.index * plan.scores_stride + place.first_column
         values = tmem.load_row(address, columns, min(columns, FRAGMENT))
@@ -733,26 +772,27 @@ class Decode:
         state,
         place,
         tile_max,
-        number: Int32,
         parity: Int32,
         published,
         parts: cutlass.Constexpr[int],
     ) -> Boolean:
         """Whether the tile is kept. `tile_max` becomes the maximum over all parts of the keys."""
         wants = state.wants(tile_max[0])
-        first = number == 0
         if const_expr(published is not None):
-            first = first & (published == 0) & place.exists
             if published != 0:
                 bound = op.results.shared_max.value(published) + state.threshold_raw
                 wants = wants & ~(tile_max[0] < bound)
-        sMax = cute.make_tensor(tiles.sMax.iterator, cute.make_layout((parts, TILE_M // parts, 2)))
+        sMax = self._maxima(tiles, parts)
         if const_expr(parts > 1):
             sMax[place.part, place.row, parity] = tile_max[0]
-        wanted = any_of_group(wants | first, int(NamedBarrier.VOTE), GROUP_THREADS)
+        wanted = any_of_group(wants, int(NamedBarrier.VOTE), GROUP_THREADS)
         if const_expr(parts > 1):
             tile_max[0] = _maximum_of([sMax[part, place.row, parity] for part in range(parts)])
         return wanted
+
+    def _maxima(self, tiles: Tiles, parts: int) -> cute.Tensor:
+        """(part, row, parity of the tile): the maxima of the parts of a tile's keys."""
+        return cute.make_tensor(tiles.sMax.iterator, cute.make_layout((parts, TILE_M // parts, 2)))
 
     @cute.jit
     def _probabilities(self, plan, cursor: Cursor, place, state, scores, tile_max) -> Boolean:
@@ -822,7 +862,7 @@ class Decode:
     def _count_tiles(self, op: Operands, segment: Segment, kept: Int32):
         if cute.arch.thread_idx()[0] == 0:
             counts = op.decode.stats.tile_counts
-            for i, count in enumerate((kept, _visited(segment))):
+            for i, count in enumerate((kept, op.plan.tiles(segment))):
                 offset = cute.crd2idx((i, segment.batch_idx, segment.kv_head), counts.layout)
                 cute.arch.atomic_add(counts.iterator + offset, count, sem="relaxed", scope="gpu")
 
@@ -1021,7 +1061,7 @@ class Decode:
         return PackedRows.of(segment, op.decode.seqlen_q, op.group, TILE_M)
 
     def _keys(self, op: Operands, segment: Segment) -> Keys:
-        band = op.plan.band(segment.batch_idx)
+        band = op.plan.band(segment.seqlen_k)
         return Keys(band.keys(0).begin, band.keys(op.decode.seqlen_q - 1).end)
 
     def _threshold_log2(self, op: Operands, rows: PackedRows, row):
@@ -1111,11 +1151,6 @@ def shared_storage(config: DecodeConfig, dtype: type, sQ_layout, sK_layout, sV_l
 def key_parts(rows):
     """Into how many parts a tile's keys are divided, so that as many times the rows fill the 128 lanes."""
     return cutlass.select_(rows <= TILE_M // 4, Int32(4), cutlass.select_(rows <= TILE_M // 2, Int32(2), Int32(1)))
-
-
-def _visited(segment: Segment):
-    """KV tiles that a segment visits: none at a phantom position."""
-    return cutlass.select_(segment.visible, cutlass.max(segment.end - segment.begin, 0), Int32(0))
 
 
 def _fill(registers: cute.Tensor, values: list) -> None:

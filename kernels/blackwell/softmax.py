@@ -64,6 +64,15 @@ class RowSoftmax:
         if const_expr(self.row_max is not None):
             self._remember(cutlass.select_(in_sequence, row_max, Float32(Float32.inf)))
 
+    def keep_next(self, condition: Boolean) -> None:
+        """Under a condition, the row keeps the next tile, whatever it sees of it."""
+        self.skip_bound[0] = cutlass.select_(condition, -Float32.inf, self.skip_bound[0])
+
+    def seed(self, tile_max: Float32) -> None:
+        """Begin with the maximum of a tile that is visited elsewhere; before any tile that is visited here."""
+        self._remember(maximum(self.row_max[0], tile_max))
+        self._refer_to(maximum(-self.minus_ref[0], _nan_if_infinite(maximum(tile_max, FLOOR)) * self.scale_log2))
+
     @cute.jit
     def advance(self, tile_max: Float32, factor: cute.Tensor) -> Boolean:
         """A later kept tile. Returns whether this warp moved a reference; `factor` (1,) is then what O is to be

@@ -182,11 +182,11 @@ class HopperDecode:
 
                    load_k  load_v  score (warp without rows)  value   clocks if memory were free, and not
       dense            36      37                  281 (113)     83                       741        1781
-      nothing skipped  36      59                  317 (126)     83                       773        1781
+      nothing skipped  43      64                  325 (132)     83                       773        1781
       pages of 16     102     125                  317 (126)     83                       818        1781
 
-    A skipped tile costs the scores about 270 clocks, and the memory 890 for its K. The first K is asked for some 3700
-    clocks after a CTA's start, three trips to global memory in turn among them (lengths, twice, and lengths again).
+    A skipped tile costs the scores about 270 clocks, and the memory 890 for its K. The first K is asked for some 1900
+    clocks after a CTA's start, with pages 2250: a trip to global memory for the lengths, and one for the page table.
 
     Tried
       Decisions in a ring of their own, eight deep, with a cursor of its own: 13 instructions more per tile.
@@ -218,6 +218,7 @@ class HopperDecode:
             self.problem.mask,
             self.tile_n,
             self.config.min_tiles,
+            self.sparse,
             operands.seqused_k,
             operands.capacity,
             operands.seqlen_q,
@@ -374,10 +375,6 @@ class HopperDecode:
     def _first(self, operands: KernelOperands, shared: Shared) -> Walk:
         return Walk(*(cute.arch.make_warp_uniform(word) for word in operands.plan.first(shared.walk)))
 
-    def _tiles(self, segment: Segment):
-        """How many KV tiles a segment visits: none in a phantom position, or in nobody's segment."""
-        return cutlass.select_(segment.visible, cutlass.max(segment.end - segment.begin, 0), Int32(0))
-
     def _keys(self, band: Band) -> KeyRange:
         """The keys that some query of the sequence sees."""
         return KeyRange(band.keys(0).begin, band.keys(band.seqlen_q - 1).end)
@@ -392,15 +389,15 @@ class HopperDecode:
         walk = self._first(operands, shared)
         while plan.more(walk):
             segment = plan.segment(walk)
-            keys = self._keys(plan.band(segment.batch_idx))
-            last = segment.tile - segment.begin
-            blocks = self._blocks(operands.k.cache, segment, keys, last)
-            for i in cutlass.range(self._tiles(segment), unroll=1):
-                following = self._blocks(operands.k.cache, segment, keys, last - i - 1)
+            keys = self._keys(plan.band(segment.seqlen_k))
+            blocks = self._blocks(operands.k.cache, segment, keys, plan.n_block(segment, Int32(0)))
+            for look in cutlass.range(plan.looks(segment), unroll=1):
+                following = self._blocks(operands.k.cache, segment, keys, plan.n_block(segment, look + 1))
                 with span("load K"):
                     shared.k_ring.acquire(k)
                     shared.k_ring.expect(k, self.k_bytes)
-                    self._load_tile(operands.k, target, shared.k_ring, k, segment, last - i, blocks)
+                    n_block = plan.n_block(segment, look)
+                    self._load_tile(operands.k, target, shared.k_ring, k, segment, n_block, blocks)
                 k = shared.k_ring.advanced(k)
                 blocks = following
             walk = plan.next(walk)
@@ -413,11 +410,10 @@ class HopperDecode:
         walk = self._first(operands, shared)
         while plan.more(walk):
             segment = plan.segment(walk)
-            keys = self._keys(plan.band(segment.batch_idx))
-            last = segment.tile - segment.begin
-            blocks = self._blocks(operands.v.cache, segment, keys, last)
-            for i in cutlass.range(self._tiles(segment), unroll=1):
-                following = self._blocks(operands.v.cache, segment, keys, last - i - 1)
+            keys = self._keys(plan.band(segment.seqlen_k))
+            blocks = self._blocks(operands.v.cache, segment, keys, plan.n_block(segment, Int32(0)))
+            for look in cutlass.range(plan.looks(segment), unroll=1):
+                following = self._blocks(operands.v.cache, segment, keys, plan.n_block(segment, look + 1))
                 wanted = Boolean(True)
                 if const_expr(self.sparse):
                     with span("await decision"):
@@ -427,7 +423,8 @@ class HopperDecode:
                     with span("load V"):
                         shared.v_ring.acquire(v)
                         shared.v_ring.expect(v, self.v_bytes)
-                        self._load_tile(operands.v, target, shared.v_ring, v, segment, last - i, blocks)
+                        n_block = plan.n_block(segment, look)
+                        self._load_tile(operands.v, target, shared.v_ring, v, segment, n_block, blocks)
                     v = shared.v_ring.advanced(v)
                 blocks = following
             walk = plan.next(walk)
@@ -449,7 +446,7 @@ class HopperDecode:
         walk = self._first(operands, shared)
         while plan.more(walk):
             segment = plan.segment(walk)
-            if self._tiles(segment) > 0:
+            if plan.tiles(segment) > 0:
                 rows = self._rows(operands, segment)
                 shared.q_ring.acquire(q)
                 self._load_rows(operands, shared.sQ[None, None, q.index], rows, thread)
@@ -540,7 +537,7 @@ class HopperDecode:
             if segment.end > segment.begin:
                 scorer = self._scorer(operands, shared, thread, segment)
                 kept = Int32(0)
-                if self._tiles(segment) > 0:
+                if plan.tiles(segment) > 0:
                     shared.q_ring.wait(q)
                     k, p, kept = self._walk(scorer, qk, tSrQ[None, None, None, q.index], tSrK, k, p)
                     shared.q_ring.release(q)
@@ -562,7 +559,7 @@ class HopperDecode:
             heads = [rows.head(cutlass.min(row, rows.count - 1)) for row in in_block]
             threshold_raw = [log2_threshold(operands.threshold, rows.batch_idx, head) * per_log2 for head in heads]
         softmax.begin(threshold_raw, [row < rows.count for row in in_block])
-        band = operands.plan.band(segment.batch_idx)
+        band = operands.plan.band(segment.seqlen_k)
         has_rows = self._first_row_of_warp(thread) < rows.count
         codes = cute.make_rmem_tensor(wgmma.ROWS_PER_THREAD, Uint32) if self.problem.share_max else None
         return Scorer(operands, shared, thread, segment, rows, band, softmax, threshold_raw, codes, has_rows)
@@ -581,16 +578,17 @@ class HopperDecode:
     @cute.jit
     def _walk(self, scorer: Scorer, qk: cute.TiledMma, tSrQ, tSrK, k: Cursor, p: Cursor):
         """Every tile of a segment; S of the next one is issued before this one's softmax."""
-        shared, segment = scorer.shared, scorer.segment
+        shared, segment, plan = scorer.shared, scorer.segment, scorer.operands.plan
         scores = self._accumulator(qk)
-        last = segment.tile - segment.begin
-        tiles = segment.end - segment.begin
+        if const_expr(self.sparse):
+            k = self._seed(scorer, qk, scores, tSrQ, tSrK, k)
+        last = plan.looks(segment) - 1
         kept = Int32(0)
         self._read_published(scorer)
         shared.k_ring.wait(k)
         wgmma.issue(qk, scores, tSrQ, tSrK[None, None, None, k.index], False)
         warpgroup.wait_group(0)
-        for i in cutlass.range(tiles - 1, unroll=1):
+        for look in cutlass.range(segment.seeds, last, unroll=1):
             shared.k_ring.release(k)
             decided = k
             k = shared.k_ring.advanced(k)
@@ -598,7 +596,7 @@ class HopperDecode:
             following = self._accumulator(qk)
             wgmma.issue(qk, following, tSrQ, tSrK[None, None, None, k.index], False)
             with span("softmax"):
-                keeps, p = self._tile(scorer, scores, last - i, i == 0, decided, p)
+                keeps, p = self._tile(scorer, scores, plan.n_block(segment, look), look == 0, decided, p)
             kept += Int32(keeps)
             with span("await S"):
                 self._read_published(scorer)
@@ -606,8 +604,24 @@ class HopperDecode:
             # A copy, because a loop cannot carry registers that an MMA is still writing.
             scores.store(following.load())
         shared.k_ring.release(k)
-        keeps, p = self._tile(scorer, scores, last - (tiles - 1), tiles == 1, k, p)
+        keeps, p = self._tile(scorer, scores, plan.n_block(segment, last), last == 0, k, p)
         return shared.k_ring.advanced(k), p, kept + Int32(keeps)
+
+    @cute.jit
+    def _seed(self, scorer: Scorer, qk: cute.TiledMma, scores: cute.Tensor, tSrQ, tSrK, k: Cursor):
+        """Begin with the maxima of the segment's seeds; for the V loader they are tiles that are not kept."""
+        shared, segment, softmax = scorer.shared, scorer.segment, scorer.softmax
+        for look in cutlass.range(segment.seeds, unroll=1):
+            shared.k_ring.wait(k)
+            wgmma.issue(qk, scores, tSrQ, tSrK[None, None, None, k.index], False)
+            warpgroup.wait_group(0)
+            shared.k_ring.release(k)
+            if scorer.has_rows:
+                self._cap_and_hide(scorer, scores, scorer.operands.plan.n_block(segment, look))
+                softmax.seed(softmax.thread_max(wgmma.by_rows(scores)), scorer.threshold_raw)
+            self._publish_decision(scorer, k, Boolean(False))
+            k = shared.k_ring.advanced(k)
+        return k
 
     def _accumulator(self, qk: cute.TiledMma) -> cute.Tensor:
         return cute.make_rmem_tensor(qk.partition_shape_C((WARPGROUP_ROWS, self.tile_n)), Float32)
@@ -788,7 +802,7 @@ class HopperDecode:
         while plan.more(walk):
             segment = plan.segment(walk)
             if segment.end > segment.begin:
-                keys = self._keys(plan.band(segment.batch_idx))
+                keys = self._keys(plan.band(segment.seqlen_k))
                 values.acc_O.fill(0.0)
                 tile = self._message(shared, thread, p)
                 while tile != END:
@@ -916,7 +930,7 @@ class HopperDecode:
         segment = scorer.segment
         if scorer.thread == 0:
             counts = scorer.operands.stats.tile_counts
-            for which, count in enumerate((kept, self._tiles(segment))):
+            for which, count in enumerate((kept, scorer.operands.plan.tiles(segment))):
                 offset = cute.crd2idx((which, segment.batch_idx, segment.kv_head), counts.layout)
                 cute.arch.red(counts.iterator + offset, count, op="add", dtype="s32", sem="relaxed", scope="gpu")
 

@@ -197,11 +197,12 @@ def test_removals_where_two_ctas_share_their_products_are_noticed(one_cta):
     assert_noticed("our prefill, sm_100a, pairs of CTAs", surveyed("sm_100a", None, 128, [(640, 512, 2)]))
 
 
-# Of decode, (queries, query heads of the one KV head): on Blackwell, a tile's keys in 4, 2 and 1 parts. The cache has
+# Of decode, (queries, query heads of the one KV head, how much more a query likes near keys: little, and the first tile
+# exceeds the last, which is visited before it): on Blackwell, a tile's keys in 4, 2 and 1 parts. The cache has
 # two whole tiles in succession and a part of one, which one CTA attends alone, and a run of tiles longer than every
 # ring, in which it meets a second CTA; a third has nothing to do.
 DECODE_LENGTHS, DECODE_CTAS = (64, 50, 64, 640), 3
-DECODE_LAUNCHES = {"sm_90a": [(2, 20)], "sm_100a": [(2, 12), (2, 24), (3, 24)]}
+DECODE_LAUNCHES = {"sm_90a": [(2, 20, 40.0)], "sm_100a": [(2, 12, 40.0), (2, 24, 4.0), (3, 24, 4.0)]}
 FEW_SLOTS = dict(tile_n=64, k_stages=2, v_stages=2, p_stages=2, min_tiles=6)
 
 
@@ -227,8 +228,8 @@ def _with_few_slots(choose, *arguments, **options):
 @pytest.mark.parametrize("threshold", [None, 0.03], ids=["dense", "threshold"])
 def test_removals_in_our_decode_are_noticed(arch, threshold, decode_with_few_slots):
     result, lengths = None, torch.tensor(DECODE_LENGTHS, dtype=torch.int32)
-    for queries, heads in DECODE_LAUNCHES[arch]:
-        q, k, v = structured_qkv(len(lengths), max(DECODE_LENGTHS), heads, 1, 64, seqlen_q=queries, local=40.0)
+    for queries, heads, local in DECODE_LAUNCHES[arch]:
+        q, k, v = structured_qkv(len(lengths), max(DECODE_LENGTHS), heads, 1, 64, seqlen_q=queries, local=local)
         k_cache, v_cache, table = in_shuffled_pages(k, v, 64)
         cache = dict(seqused_k=lengths, page_table=table)
         with cute_sparse.emulated(arch, sms=DECODE_CTAS) as device:
