@@ -567,9 +567,8 @@ class HopperPrefill:
         """A tile, the CTA's nth, in which none of the warpgroup's rows sees a key; P V of the last kept one."""
         _, shared, thread, _, _, _, _ = consumer
         shared.k_ring.wait(k)
-        if nth > 0:
-            self._await_turn(thread)
-            self._pass_turn(thread)
+        self._await_turn(thread)
+        self._pass_turn(thread)
         shared.k_ring.release(k)
         self._cast_vote(consumer, k, Boolean(False))
         if nth > 0:
@@ -579,18 +578,15 @@ class HopperPrefill:
 
     @cute.jit
     def _first_step(self, consumer: Consumer, nth, k: Cursor, v: Cursor, threshold_raw):
-        """The warpgroup's first tile, the CTA's nth, is always kept. Nothing overlaps it within the warpgroup."""
+        """The warpgroup's first tile, the CTA's nth, is always kept. Nothing overlaps it within the warpgroup; its turn
+        puts the next warpgroup's first product under this one's softmax."""
         _, shared, thread, fragments, work, visited, softmax = consumer
         n_block = visited.end - 1
         acc_S = self._accumulator(fragments)
         shared.k_ring.wait(k)
-        if const_expr(self.config.own_ranges):
-            if nth > 0:
-                self._await_turn(thread)
+        self._await_turn(thread)
         wgmma.issue(fragments.qk, acc_S, fragments.tSrQ, fragments.tSrK[None, None, None, k.index], False)
-        if const_expr(self.config.own_ranges):
-            if nth > 0:
-                self._pass_turn(thread)
+        self._pass_turn(thread)
         warpgroup.wait_group(0)
         shared.k_ring.release(k)
         self._score(consumer, acc_S, n_block, may_hide=True)
