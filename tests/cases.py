@@ -135,7 +135,7 @@ class Inputs:
     threshold: float | torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
-    learnable_sink: torch.Tensor | None
+    learnable_sink: torch.Tensor | None = None
 
 
 def make_inputs(case: Case, seed: int = 0, device: str | torch.device = "cpu") -> Inputs:
