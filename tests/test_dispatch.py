@@ -227,6 +227,43 @@ def test_nothing_is_launched_where_there_is_no_key(kernel):
     assert kernel.calls == []
 
 
+def test_nothing_is_launched_for_packed_sequences_that_are_all_empty(kernel):
+    """Tokens behind the last sequence belong to none."""
+    tokens, cu_none, cu_all = bf16(8, 2, 64) + 7, int32(0, 0), int32(0, 8)
+    got = cute_sparse.attention_varlen(
+        tokens, tokens, tokens, cu_seqlens_q=cu_all, cu_seqlens_k=cu_none, max_seqlen_q=8, max_seqlen_k=0,
+        return_lse=True,
+    )  # fmt: skip
+    assert (got.out == 0).all() and (got.lse == -torch.inf).all()
+    cute_sparse.attention_varlen(
+        tokens, tokens, tokens, cu_seqlens_q=cu_none, cu_seqlens_k=cu_all, max_seqlen_q=0, max_seqlen_k=8
+    )
+    assert kernel.calls == []
+
+
+def test_lengths_that_change_in_cpu_memory_are_checked_before_each_launch(kernel):
+    tokens, cu_seqlens = bf16(8, 2, 64), int32(0, 4, 8)
+    options = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=8, max_seqlen_k=8)
+    cute_sparse.attention_varlen(tokens, tokens, tokens, **options)
+    cu_seqlens[1] = 9
+    with pytest.raises(ValueError, match="decreases"):
+        cute_sparse.attention_varlen(tokens, tokens, tokens, **options)
+    assert len(kernel.calls) == 1
+
+
+def test_lengths_and_pages_that_change_in_cpu_memory_are_checked_before_each_launch(decode_kernel):
+    q, cache, lengths, table = bf16(1, 1, 2, 64), bf16(3, 16, 2, 64), int32(20), int32(2, 1)[None]
+    options = dict(seqused_k=lengths, page_table=table)
+    cute_sparse.decode(q, cache, cache, **options)
+    table[0, 1] = 3
+    with pytest.raises(ValueError, match="there are 3 pages"):
+        cute_sparse.decode(q, cache, cache, **options)
+    lengths[0] = 33
+    with pytest.raises(ValueError, match=r"seqused_k\[0\]=33"):
+        cute_sparse.decode(q, cache, cache, **options)
+    assert len(decode_kernel.calls) == 1
+
+
 # ---- Operands of decode ----
 
 
