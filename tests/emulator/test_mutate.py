@@ -154,7 +154,7 @@ def test_a_kernel_whose_result_depends_on_the_order_is_not_surveyed():
 # blocks, rows that see no key, work tiles of one KV tile, runs of skipped tiles that are longer than every ring.
 LAUNCHES = {
     None: [(640, 512, 2), (128, 128, 6)],
-    1e-2: [(640, 512, 2), (128, 128, 6), (1024, 1024, 1), (128, 1408, 1)],
+    1e-2: [(640, 512, 2), (128, 128, 6), (1408, 1408, 1), (128, 1408, 1), (1024, 1024, 1)],
 }
 
 
