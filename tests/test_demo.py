@@ -39,7 +39,7 @@ def test_shuffled_pages_hold_the_same_tokens():
 
 
 def test_larger_thresholds_skip_more_and_cost_a_little():
-    prefill, decode = demo.structured_rows(768, "cpu", nothing), demo.decode_rows(1024, "cpu", nothing)
+    prefill, decode = demo.structured_rows(768, "cpu", nothing), demo.decode_rows(4096, "cpu", nothing)
     for rows in (prefill, decode):
         assert [row.label for row in rows] == ["dense", "threshold 0.001", "threshold 0.01", "threshold 0.05"]
         skipped, errors = [row.skipped for row in rows], [row.error for row in rows]
