@@ -55,7 +55,12 @@ DOORS = {
     "cute_sparse.workloads": set(),
     "cute_sparse.integrations": {"cute_sparse", "cute_sparse.api", "cute_sparse.threshold"},
     "cute_sparse.emulator": set(),
-    "cute_sparse.device": {"cute_sparse.problem", "cute_sparse.operands", "cute_sparse.threshold"},
+    "cute_sparse.device": {
+        "cute_sparse.operands",
+        "cute_sparse.problem",
+        "cute_sparse.splits",
+        "cute_sparse.threshold",
+    },
     "cute_sparse.kernels": set(),
     "cute_sparse.kernels.hopper": {"cute_sparse.device", "cute_sparse.problem", "cute_sparse.operands"},
     "cute_sparse.kernels.blackwell": {"cute_sparse.device", "cute_sparse.problem", "cute_sparse.operands"},
