@@ -256,13 +256,18 @@ class Prefill:
     warp that wants the tile goes on at once, for the tile is kept whatever the others say; one that does not waits
     for them. The MMA warp reads the votes while the exponentials run, and waits for P only if there will be one; of
     a skipped tile it knows from the votes that S was read. A dense problem compiles none of it. In the timing model
-    (d128, full mask, clocks for 128 keys of two query tiles, everything kept) this takes 2106 and the dense kernel
-    without pairs 2103; with a vote that holds all four warps, read beside P, it was 2183.
+    (d128, full mask, clocks for 128 keys of two query tiles, everything kept) this takes 2106 to 2152 and the dense
+    kernel without pairs 2103; with a vote that holds all four warps, read beside P, it was 2183.
       V of a tile that both query tiles skip is not fetched where the tile before was not wanted either:
     the load warp fetches ahead until it sees a tile that nobody wanted, then waits for each vote (`decided`)
-    before it fetches, until a tile is wanted again. Kept tiles never wait for a vote,
-    except the first after a run of skipped ones, whose load (about 1000 clocks) runs beside its exponentials
-    (about 1000). The first v_lag + 1 tiles of a run are fetched in vain. An unwanted slot is passed on unfilled.
+    before it fetches, until a tile is wanted again. Kept tiles never wait for a vote, except the first after a run of
+    skipped ones, whose load (about 1000 clocks) runs beside its exponentials (about 1000). The first v_lag + 1 tiles
+    of a run are fetched in vain. An unwanted slot is passed on unfilled, and the MMA warp, which with two query tiles
+    waits for V of wanted tiles only, takes it after the next Q K^T; K of one tile more is fetched before a vote is
+    waited for. Modelled like above, with one of 2, of 4 and hardly any of the tiles kept by both query tiles: 2282,
+    1653 and 1024 (Q K^T alone: 1024); with V of every tile waited for before Q K^T: 2962, 2312 and 1661.
+      K and V by multicast to a cluster of two CTAs would gain no modelled time: with loads of unlimited rate the same
+    kernel took as long with all tiles kept, and with hardly any.
     """
 
     def __init__(self, problem: Problem, config: PrefillConfig) -> None:
@@ -281,6 +286,8 @@ class Prefill:
         self.steps_early = config.p_early_columns // umma.INSTRUCTION_K
         rows = config.product_rows
         self.s_instruction = umma.instruction_descriptor(self.dtype, rows, config.tile_n, b_major_mn=False)
+        # Whether K can be fetched for two KV tiles ahead of V, where the load warp waits for a vote before V.
+        self.k_two_ahead = self.sparse and config.k_stages > 2 * config.k_chunks
         self.v_lag = -(-config.v_stages // config.v_chunks)  # KV tiles after which a slot of V is used again
         assert max(self.v_lag, config.k_stages) + 2 < DECISIONS
         self.o_instruction = umma.instruction_descriptor(self.dtype, rows, config.v_chunk, b_major_mn=True)
@@ -437,10 +444,15 @@ class Prefill:
                         cute.arch.mbarrier_wait(pipes.q_empty + s, q_parity >> s & 1)
                         q_parity = q_parity ^ (1 << s)
                         self._load_q(op, pipes, tiles, mQ, self._first_row(op, tile, s), s)
+            k_loaded = Int32(1)
             for i in cutlass.range(steps, unroll=1):
                 n_block = work.union.end - 1 - i
-                if i + 1 < steps:
+                next_k = i + 1 < steps
+                if const_expr(self.k_two_ahead):
+                    next_k = next_k and k_loaded <= i + 1
+                if next_k:
                     k_cursor = self._load_k(op, pipes, tKsK, tKgK, n_block - 1, k_cursor)
+                    k_loaded = i + 2
                 with span("load V"):
                     pipes.v.acquire(v_cursor)
                     fetch = Boolean(True)
@@ -449,6 +461,11 @@ class Prefill:
                             # The slot's last reader, P V of that tile, was issued after everybody's decision on it.
                             skipping = not self._wanted(pipes, tiles, work, counts, n_block + self.v_lag, False)
                         if skipping:
+                            # If the vote is to skip, Q K^T of the next tile follows at once, and then needs this K.
+                            if const_expr(self.k_two_ahead):
+                                if k_loaded <= i + 2 and i + 2 < steps:
+                                    k_cursor = self._load_k(op, pipes, tKsK, tKgK, n_block - 2, k_cursor)
+                                    k_loaded = i + 3
                             fetch = self._wanted(pipes, tiles, work, counts, n_block, True)
                             skipping = not fetch
                     v_cursor = self._load_v(op, pipes, tVsV, tVgV, n_block, v_cursor, fetch)
@@ -507,16 +524,16 @@ class Prefill:
     def _wanted(
         self, pipes: Pipes, tiles: Tiles, work: Work, counts, n_block: Int32, wait: cutlass.Constexpr[bool]
     ) -> Boolean:
-        """Whether any query tile keeps a KV tile, once they have decided, for which to `wait`."""
+        """Whether any query tile keeps a KV tile, once one has or all have decided, for which to `wait`."""
         wanted = Boolean(False)
         for s in cutlass.range_constexpr(self.config.query_tiles):
-            if work.ranges[s].begin <= n_block and n_block < work.ranges[s].end:
+            if not wanted and work.ranges[s].begin <= n_block and n_block < work.ranges[s].end:
                 number = counts[s] + work.ranges[s].end - 1 - n_block
                 if const_expr(wait):
                     kept = self._decided(pipes, tiles, s, number)
                 else:
                     kept = self._decision(tiles, s, number)
-                wanted = kept or wanted
+                wanted = kept
         return wanted
 
     # ------------------------------------------------------------------------------------------------ mma
@@ -541,11 +558,17 @@ class Prefill:
             for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
                 n_block = work.union.end - 1 - i
                 with span("products"):
-                    if i > 0:
+                    wanted = Boolean(i > 0)  # V is read
+                    if const_expr(self.sparse):
+                        wanted = Boolean(False)
+                    elif wanted:
                         pipes.v.wait(v_cursor)
                     for s in cutlass.range_constexpr(2):
                         if is_within(n_block + 1, begins[s], sizes[s]):
                             if self._kept(pipes, tiles, s, counts[s] + begins[s] + sizes[s] - 2 - n_block):
+                                if const_expr(self.sparse):
+                                    pipes.v.wait(v_cursor)
+                                    wanted = Boolean(True)
                                 cute.arch.mbarrier_wait(pipes.p_ready + s, p_parity >> s & 1)
                                 tmem.fence_after_sync()
                                 if const_expr(self.persistent):
@@ -579,8 +602,14 @@ class Prefill:
                                 cute.arch.mbarrier_wait(pipes.q_full + s, q_parity >> s & 1)
                                 q_parity = q_parity ^ (1 << s)
                             with cute.arch.elect_one():
-                                self._close_step(fragments, pipes, scores, k_cursor, v_cursor, active, i, steps, sizes)
+                                self._close_step(
+                                    fragments, pipes, scores, k_cursor, v_cursor, active, wanted, i, steps, sizes
+                                )
                 if i > 0:
+                    if const_expr(self.sparse):
+                        if not wanted:
+                            pipes.v.wait(v_cursor)
+                            pipes.v.release(v_cursor)
                     v_cursor = pipes.v.advanced(v_cursor)
                 if i < steps:
                     k_cursor = pipes.k.advanced(k_cursor)
@@ -694,9 +723,9 @@ class Prefill:
         )
 
     @cute.jit
-    def _close_step(self, fragments, pipes, scores, k_cursor, v_cursor, active, i, steps, sizes):
+    def _close_step(self, fragments, pipes, scores, k_cursor, v_cursor, active, wanted, i, steps, sizes):
         """One thread, the end of step i of `multiply`: V is read, S of query tile 1 made, K read, and at last Q."""
-        if i > 0:
+        if wanted:
             umma.commit(pipes.v.empty(v_cursor), self.pair)
         if active:
             self._scores(fragments, scores, 1, 0, k_cursor.index)
@@ -859,6 +888,8 @@ class Prefill:
     def _vote(self, step, count: Int32, row_wants: Boolean) -> Boolean:
         """Whether any row of the query tile wants a KV tile. A warp that does need not ask the others."""
         wanted = cute.arch.vote_any_sync(row_wants)
+        tmem.fence_before_sync()
+        cute.arch.sync_warp()  # one lane tells for all of them that S is read
         self._say(step, count, wanted)
         if not wanted:
             wanted = self._decided(step.pipes, step.tiles, step.thread.query_tile, count)
@@ -869,8 +900,6 @@ class Prefill:
         """The whole warp: its vote on a KV tile, for the other warps of its query tile, the MMA and the load warp."""
         slot = self._decision_slot(step.thread.query_tile, count)
         votes = cute.recast_tensor(step.tiles.sVotes, Uint8)
-        tmem.fence_before_sync()
-        cute.arch.sync_warp()  # one lane tells for all of them that S is read
         with cute.arch.elect_one():
             votes[slot * WARPS_PER_GROUP + step.thread.row // THREADS_PER_WARP] = Uint8(wanted)
             cute.arch.mbarrier_arrive(step.pipes.decided + slot)

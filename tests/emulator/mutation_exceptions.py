@@ -11,12 +11,8 @@ from collections import Counter
 from cute_sparse.emulator.mutate import Survey
 
 MEET_AGAIN = (
-    "all lanes of an MMA or softmax warp read the votes on a KV tile, whose slot is written again eight KV tiles later; they "
-    "meet between the two in any case, at the other query tile's votes or the next ones"
-)
-ALWAYS_WANTED = (
-    "it stands before the vote on a work tile's first KV tile, which every warp wants. That S was read is told by P's "
-    "arrival, too, and of a tile that is kept nobody acts on the votes alone"
+    "all lanes of a load, MMA or softmax warp read the votes on a KV tile, whose slot is written again eight KV tiles "
+    "later; they meet between the two in any case, at the other query tile's votes or the next ones"
 )
 LAST_BEFORE_THE_END = (
     "the last wait of the softmax and of the correction warps, for a barrier of another role; the warp then tells that its "
@@ -45,10 +41,7 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
     "our prefill, sm_90a, threshold": {WAIT: (PASSED_BY, 3)},
     "our prefill, sm_100a, dense": {},
     "our prefill, sm_100a, pairs of CTAs": {},
-    "our prefill, sm_100a, threshold": {
-        "bar.warp.sync -1;": (f"{MEET_AGAIN}. And one: {ALWAYS_WANTED}", 3),
-        "tcgen05.fence::before_thread_sync;": (ALWAYS_WANTED, 1),
-    },
+    "our prefill, sm_100a, threshold": {"bar.warp.sync -1;": (MEET_AGAIN, 3)},
     "our decode, sm_90a, dense": {},
     "our decode, sm_90a, threshold": {},
     "our decode, sm_100a, dense": {},
