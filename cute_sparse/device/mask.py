@@ -79,6 +79,14 @@ class Band:
         begin_tile = (begin + (self.tile_n - 1)) // self.tile_n if const_expr(self.has_left) else 0
         return TileRange(begin_tile, cutlass.max(end, 0) // self.tile_n)
 
+    def sees(self, first_row, rows: int, begin, end):
+        """Whether any of these rows may see one of the keys [begin, end), and whether each of them sees them all."""
+        first, last = self.keys(first_row), self.keys(first_row + (rows - 1))
+        some, every = last.end > begin, first.end >= end
+        if const_expr(self.has_left):
+            some, every = some & (first.begin < end), every & (last.begin <= begin)
+        return some, every
+
     def hide(self, scores: cute.Tensor, columns, q_idx, first_column, edges=("left", "right")) -> None:
         """Set to -inf, in one row's `scores`, what row `q_idx` does not see.
 
@@ -94,3 +102,9 @@ class Band:
                 scores[i] = cutlass.select_(column >= end, -Float32.inf, scores[i])
             if const_expr(self.has_left and "left" in edges):
                 scores[i] = cutlass.select_(column < begin, -Float32.inf, scores[i])
+
+    def hidden(self, scores: list, q_idx, first_column) -> list:
+        """The same as a new list, of the scores of the keys from `first_column` on."""
+        scores = list(scores)
+        self.hide(scores, range(len(scores)), q_idx, first_column)
+        return scores

@@ -25,9 +25,11 @@ from cute_sparse.kernels.blackwell.config import (
     may_stay,
 )
 from cute_sparse.kernels.blackwell.softmax import (
+    SUM_CHAINS,
     RowSoftmax,
     accumulated,
     exponentials,
+    maximum,
     multiply_row,
     pack,
     tile_maximum,
@@ -868,19 +870,23 @@ class Prefill:
             scores = tmem.load_row(address, config.tile_n, FRAGMENT)
             if const_expr(self.problem.softcap):
                 scores = [cute.math.tanh(s * step.op.prefill.scale.tanh_scale, fastmath=True) for s in scores]
-            if const_expr(masked):
-                step.band.hide(scores, range(config.tile_n), thread.q_idx, n_block * config.tile_n)
-            tile_max = tile_maximum(scores)
+            seen = None
+            if const_expr(masked and not self.sparse):
+                scores, seen, tile_max = self._masked(step, scores, n_block)
+            else:
+                if const_expr(masked):
+                    step.band.hide(scores, range(config.tile_n), thread.q_idx, n_block * config.tile_n)
+                tile_max = tile_maximum(scores)
             if const_expr(first):
                 state.start(tile_max, thread.in_sequence)
                 if const_expr(self.sparse):
                     self._say(step, count, Boolean(True))
-                self._keep(step, n_block, buffer, address, scores, None, masked)
+                self._keep(step, n_block, buffer, address, scores, None, masked, seen)
             elif const_expr(not self.sparse):
-                self._keep(step, n_block, buffer, address, scores, tile_max, masked)
+                self._keep(step, n_block, buffer, address, scores, tile_max, masked, seen)
             else:
                 if self._vote(step, count, state.wants(tile_max)):
-                    self._keep(step, n_block, buffer, address, scores, tile_max, masked)
+                    self._keep(step, n_block, buffer, address, scores, tile_max, masked, seen)
                 else:
                     self._record(step, n_block, SKIPPED)
 
@@ -903,6 +909,27 @@ class Prefill:
         with cute.arch.elect_one():
             votes[slot * WARPS_PER_GROUP + step.thread.row // THREADS_PER_WARP] = Uint8(wanted)
             cute.arch.mbarrier_arrive(step.pipes.decided + slot)
+
+    @cute.jit
+    def _masked(self, step, scores: list, n_block: Int32):
+        """A row's scores with -inf for hidden keys, but for fragments of which this warp's rows see nothing; whether
+        they see something, per fragment; and the row's maximum. The mask's edge crosses few fragments: of 128 keys at
+        the diagonal a warp sees a quarter to all, and compares one fragment's keys with its rows' ends. Not in sparse
+        problems, whose vote leaves no registers for it: 16 bytes would spill under a causal mask."""
+        warp_row = cute.arch.make_warp_uniform(step.thread.q_idx)
+        tile_max = Float32(-Float32.inf)
+        fragments, seen = [], []
+        for first_column in cutlass.range_constexpr(0, self.config.tile_n, FRAGMENT):
+            fragment = scores[first_column : first_column + FRAGMENT]
+            first_key = n_block * self.config.tile_n + first_column
+            some, every = step.band.sees(warp_row, THREADS_PER_WARP, first_key, first_key + FRAGMENT)
+            if some:
+                if not every:
+                    fragment = step.band.hidden(fragment, step.thread.q_idx, first_key)
+                tile_max = maximum(tile_max, tile_maximum(fragment))
+            fragments += fragment
+            seen.append(some)
+        return fragments, seen, tile_max
 
     @cute.jit
     def _await_scores(self, step, count: Int32):
@@ -939,23 +966,32 @@ class Prefill:
         scores,
         tile_max,
         masked: cutlass.Constexpr[bool],
+        seen,
     ):
-        """P, O's rescaling if need be, and the row sum, of a kept tile; tile_max is None for a row's first."""
+        """P, O's rescaling if need be, and the row sum, of a kept tile; tile_max is None for a row's first; seen tells
+        of which fragments of a masked tile the warp sees something, if it is known."""
         config, pipes, state = self.config, step.pipes, step.state
         first = tile_max is None
         if const_expr(not first):
             self._rescale(step, tile_max)
         p_address = address + (config.tmem.probabilities[0] - config.tmem.scores[0])
-        sums = []
+        sums = [] if seen is None else [(Float32(0.0), Float32(0.0))] * SUM_CHAINS
         for first_column in cutlass.range_constexpr(0, config.tile_n, FRAGMENT):
             last = first_column + FRAGMENT == config.tile_n
             # The end of P is waited for: it is made the fastest way. Masked tiles are few, and short of registers.
             emulated = 0 if last or masked else config.exp2_emulated
-            exponents = state.exponents(scores[first_column : first_column + FRAGMENT])
-            p = exponentials(exponents, emulated)
-            tmem.store(p_address + first_column // 2, pack(p, self.dtype))
-            # The sums run beside the exponential unit, which takes eight clocks for a warp's instruction.
-            sums = accumulated(sums, p)
+            fragment = scores[first_column : first_column + FRAGMENT]
+            if const_expr(seen is None):
+                p = exponentials(state.exponents(fragment), emulated)
+                tmem.store(p_address + first_column // 2, pack(p, self.dtype))
+                # The sums run beside the exponential unit, which takes eight clocks for a warp's instruction.
+                sums = accumulated(sums, p)
+            else:
+                words = [Int32(0)] * (FRAGMENT // 2)
+                if seen[first_column // FRAGMENT]:
+                    p = exponentials(state.exponents(fragment), emulated)
+                    words, sums = pack(p, self.dtype), accumulated(list(sums), p)
+                tmem.store(p_address + first_column // 2, words)
             if const_expr(first_column + FRAGMENT == config.p_early_columns):
                 self._record(step, n_block, KEPT)  # beside the exponentials, which it would hold up before
                 tmem.wait_stores()
