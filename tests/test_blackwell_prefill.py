@@ -306,6 +306,32 @@ def launch_with_tensors(compiled, x: torch.Tensor, y: torch.Tensor, device) -> N
     device.raise_pending()
 
 
+def test_a_warp_computes_only_what_the_mask_leaves_of_a_tile():
+    """Of four fragments of 32 columns, warp w sees w + 1 on the diagonal and 4 - w of the tile at the window's end."""
+    inputs = make_inputs(Case(lengths_q=(256,), lengths_k=(256,), heads_q=1, head_dim=64, head_dim_v=64))
+    with cute_sparse.emulated("sm_100a") as device:
+        cute_sparse.attention(inputs.q, inputs.k, inputs.v, window_size=(128, 0))
+        (launch,) = device.launches
+    for warp in range(WARPS):
+        first, second = (launch.warps[query_tile * WARPS + warp].exponentials for query_tile in range(2))
+        assert 0 <= first - 32 * (warp + 1) <= 1  # and one for a reference that moved
+        assert 0 <= second - 32 * (warp + 1 + WARPS - warp) <= 2
+
+
+def test_a_warp_that_is_a_tile_ahead_does_not_arrive_for_another():
+    """With one query tile. The last warp's rows outgrow their reference in every tile, so that it rescales O while
+    others are done with their next tile; had P's rest one barrier for both buffers of S, MMA would start early."""
+    case = Case(lengths_q=(128,), lengths_k=(700,), heads_q=1, head_dim=256, head_dim_v=256, packed=True)
+    inputs = make_inputs(case)
+    inputs.q.zero_()
+    inputs.k.zero_()
+    inputs.q[96:, 0, 0] = 16.0
+    inputs.k[:, 0, 0] = 8.0 * (6 - torch.arange(700) // TILE)
+    with cute_sparse.emulated("sm_100a"):  # the eager order is one that shows it
+        got = call(case, inputs, return_lse=True, return_stats=True)
+    check(case, inputs, got)
+
+
 def test_a_row_without_a_key_in_a_tile_survives_a_neighbour_whose_reference_moves():
     """At a window's left edge: row 352 sees keys up to 253 of the tile before 256, the rows from 356 on see none."""
     generator = torch.Generator().manual_seed(0)
