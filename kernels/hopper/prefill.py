@@ -210,6 +210,9 @@ class HopperPrefill:
         self.k_stages, self.v_stages = config.k_stages, config.v_stages
         self.k_lead = config.k_stages - 1  # tiles by which the K loads run ahead of the V loads
         self.sparse = problem.sparsity is not None
+        # V of a tile that a warpgroup passed by may be released unseen: in its turn all have released V of two tiles
+        # before, and with it the slot's last content. Whoever does see the tile waits for it.
+        self.turns_order_releases = config.ping_pong and config.v_stages >= 2
         self.consumer_warps = config.warpgroups * WARPGROUP_WARPS
         self.q_bytes = self.tile_m * self.head_dim * ELEMENT_BYTES
         self.k_bytes = self.tile_n * self.head_dim * ELEMENT_BYTES
@@ -598,7 +601,8 @@ class HopperPrefill:
         self._record(consumer, n_block, Boolean(True))
         if const_expr(self.config.own_ranges):
             if nth > 0:
-                shared.v_ring.wait(v)
+                if const_expr(not self.turns_order_releases):
+                    shared.v_ring.wait(v)
                 shared.v_ring.release(v)
                 v = shared.v_ring.advanced(v)
         return shared.k_ring.advanced(k), v

@@ -20,10 +20,10 @@ LAST_BEFORE_THE_END = (
 )
 
 PASSED_BY = (
-    "a warpgroup waits for K or V of a tile of which it reads nothing, lest its release come a lap early (`_pass_by`, "
-    "`_first_step`). Under a causal mask that cannot be: such tiles come first in a work tile, the first of them behind the "
-    "new Q, for which the others have released all K and all but the last V; each further one in the warpgroup's turn, "
-    "behind their release of what was in its slots before. Under a window, tiles passed by at the end need the wait"
+    "a warpgroup waits for K or V of a tile of which it reads nothing, lest its release come a lap early (`_pass_by`). "
+    "Under a causal mask that cannot be: such tiles come first in a work tile, the first of them behind the new Q, for "
+    "which the others have released all K and all but the last V; each further one in the warpgroup's turn, behind their "
+    "release of what was in its slots before. Under a window, tiles passed by at the end need the wait"
 )
 MET_AT_THE_TURN = (
     "all lanes read the first work tile, and its slot is written again two work tiles later, behind the wait for its Q to be "
@@ -41,8 +41,8 @@ WAIT = "mbarrier.try_wait.parity.shared.b64 P1, [%], %, 10000000;"
 
 # (reason, how many statements of this shape may survive in one kernel)
 EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
-    "our prefill, sm_90a, dense": {WAIT: (PASSED_BY, 2), "bar.warp.sync -1;": (MET_AT_THE_TURN, 1)},
-    "our prefill, sm_90a, threshold": {WAIT: (PASSED_BY, 3), "bar.warp.sync -1;": (MET_AT_THE_TURN, 1)},
+    "our prefill, sm_90a, dense": {WAIT: (PASSED_BY, 1), "bar.warp.sync -1;": (MET_AT_THE_TURN, 1)},
+    "our prefill, sm_90a, threshold": {WAIT: (PASSED_BY, 2), "bar.warp.sync -1;": (MET_AT_THE_TURN, 1)},
     "our prefill, sm_100a, dense": {},
     "our prefill, sm_100a, pairs of CTAs": {},
     "our prefill, sm_100a, threshold": {"bar.warp.sync -1;": (MEET_AGAIN, 3)},
@@ -57,12 +57,6 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
         WAIT: (f"{LAST_BEFORE_THE_END}. And one: {COMMITTED_TOGETHER}", 3),
         "fence.mbarrier_init.release.cluster;": (FENCED_AGAIN, 1),
     },
-}
-
-# Whose survivors all have their reason, and are too many.
-SHORT_OF_95_PERCENT = {
-    "our prefill, sm_90a, dense": "waits that the turns of the warpgroups make superfluous",
-    "our prefill, sm_90a, threshold": "waits that the turns of the warpgroups make superfluous",
 }
 
 
