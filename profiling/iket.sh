@@ -10,10 +10,12 @@ case_name=${1:?usage: profiling/iket.sh CASE [OUT [bench arguments...]]}
 out=${2:-.}
 shift $(($# < 2 ? $# : 2))
 python=${PYTHON:-python3}
+op=$("$python" -c 'import sys; from profiling import decode; print("decode" if sys.argv[1] in decode.CASES else "prefill")' \
+    "$case_name")
 run_iket() { "$python" -c 'from iket.cli.main import entrypoint; entrypoint()' "$@"; }
 mkdir -p "$out"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export CUTE_SPARSE_PROFILED=1
 run_iket --clobber --output-dir "$out/iket-$case_name" profile --postprocess perfetto --enabled-cluster 0,0,0 -- \
-    "$python" -m profiling.bench prefill --case "$case_name" --peers "" --out "$scratch" "$@"
+    "$python" -m profiling.bench "$op" --case "$case_name" --peers "" --out "$scratch" "$@"

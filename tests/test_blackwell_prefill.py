@@ -78,6 +78,7 @@ def test_a_config_that_does_not_fit_is_refused():
 # One of every kind of code: two and one query tiles, with and without the vote, every mask, padded and packed.
 COMPILED = {
     "dense": dict(),
+    "lse, stats": dict(return_lse=True, return_stats=True),
     "causal, lse": dict(mask="causal", return_lse=True),
     "skip": dict(mask="causal", sparsity="threshold"),
     "skip, everything": dict(
