@@ -61,6 +61,17 @@ def test_a_compiled_call_is_the_eager_call(call):
     torch.testing.assert_close(compiled(call)(*qkv()), call(*qkv()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("threshold", (1.0, torch.ones(4)), ids=("number", "tensor"))
+def test_the_threshold_of_a_compiled_call_skips_tiles(threshold):
+    def attend_or_skip(q, k, v):
+        return cute_sparse.attention(q * 8, k, v, threshold=threshold)
+
+    q, k, v = qkv(1, 600)
+    expected = attend_or_skip(q, k, v)
+    assert not torch.equal(expected, cute_sparse.attention(q * 8, k, v)), "nothing is skipped"
+    torch.testing.assert_close(compiled(attend_or_skip)(q, k, v), expected, rtol=0, atol=0)
+
+
 def test_one_graph_serves_other_lengths_and_thresholds():
     graphs = []
 
