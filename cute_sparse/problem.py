@@ -76,7 +76,12 @@ class TileGeometry:
     tile_rows  query rows that must agree before a tile is skipped (a warpgroup's 64 on Hopper, a query
                tile's 128 on Blackwell); divides tile_m. One such group is one row of the skip map
     tile_n     keys per KV tile; tile i covers keys [i * tile_n, (i + 1) * tile_n)
-    order      "descending": from the last KV tile of the range to the first; "ascending": the reverse
+    order      "descending": from the last KV tile of the range to the first. "first_early": the tiles that not all rows
+               of the CTA see whole (those from the end of what its first row sees on), from the last down; then the
+               range's first tile; then the rest from the last down. The first tile holds the attention sinks, whose
+               scores raise the running maxima at once, so that more of the rest is skipped: of 8192 structured keys
+               (`workloads.structured_qkv`) at lambda = 1e-3, in tiles of 64 x 128, 83% instead of 69%
+    cta_m      query rows of a CTA, a multiple of tile_m: those whose edge "first_early" means; None: tile_m
 
     The skip rule, for one group of tile_rows and one KV tile. The first tile of the range is kept. Any other
     tile is skipped if every row of the group inside the sequence votes for it. A row votes for the skip if
@@ -95,13 +100,16 @@ class TileGeometry:
     tile_m: int
     tile_rows: int
     tile_n: int
-    order: Literal["descending", "ascending"] = "descending"
+    order: Literal["descending", "first_early"] = "descending"
+    cta_m: int | None = None
 
     def __post_init__(self) -> None:
         if self.tile_rows <= 0 or self.tile_n <= 0 or self.tile_m <= 0 or self.tile_m % self.tile_rows:
             raise ValueError(f"{self}: sizes must be positive and tile_m a multiple of tile_rows")
-        if self.order not in ("descending", "ascending"):
-            raise ValueError(f'order={self.order!r} must be "descending" or "ascending"')
+        if self.order not in ("descending", "first_early"):
+            raise ValueError(f'order={self.order!r} must be "descending" or "first_early"')
+        if self.cta_m is not None and (self.cta_m <= 0 or self.cta_m % self.tile_m):
+            raise ValueError(f"{self}: cta_m must be a multiple of tile_m")
 
 
 def head_dim_feature(head_dim: int, head_dim_v: int) -> str:

@@ -13,6 +13,7 @@ It is written for clarity and for tests: float64 by default, on any device that 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -46,26 +47,37 @@ class Oracle(NamedTuple):
     margin: torch.Tensor
 
 
-def tile_ranges(
+def tile_walks(
     geometry: TileGeometry, seqlen_q: int, seqlen_k: int, window_left: int, window_right: int
-) -> list[range]:
-    """For each block of tile_m query rows, the KV tiles it visits, in its order; an empty range where it sees no key.
+) -> list[tuple[range, ...]]:
+    """For each block of tile_m query rows, the KV tiles it visits, in its order, as ranges one after the other.
 
-    Row i sees the keys of [i + seqlen_k - seqlen_q - window_left, i + seqlen_k - seqlen_q + window_right].
+    Row i sees the keys of [i + seqlen_k - seqlen_q - window_left, i + seqlen_k - seqlen_q + window_right]. The n-th
+    ranges of two blocks go in the same direction, and blocks whose n-th range holds a tile are neighbours.
     """
-    ranges = []
+    cta_m = geometry.cta_m or geometry.tile_m
+    walks = []
     for first_row in range(0, seqlen_q, geometry.tile_m):
         last_row = min(first_row + geometry.tile_m, seqlen_q) - 1
         first_key = max(first_row + seqlen_k - seqlen_q - window_left, 0)
         last_key = min(last_row + seqlen_k - seqlen_q + window_right, seqlen_k - 1)
-        first, last = first_key // geometry.tile_n, last_key // geometry.tile_n
+        first, end = first_key // geometry.tile_n, last_key // geometry.tile_n + 1
         if last_key < first_key:
-            ranges.append(range(0))
-        elif geometry.order == "ascending":
-            ranges.append(range(first, last + 1))
+            first = end = 0
+        if geometry.order == "descending":
+            walks.append((_downwards(first, end),))
         else:
-            ranges.append(range(last, first - 1, -1))
-    return ranges
+            cta_row = first_row // cta_m * cta_m
+            whole_end = min(cta_row + seqlen_k - seqlen_q + window_right + 1, seqlen_k) // geometry.tile_n
+            whole_end = min(max(whole_end, first), end)
+            after_first = min(first + 1, whole_end)
+            walks.append((_downwards(whole_end, end), range(first, after_first), _downwards(after_first, whole_end)))
+    return walks
+
+
+def _downwards(begin: int, end: int) -> range:
+    """[begin, end) from the last to the first."""
+    return range(end - 1, begin - 1, -1)
 
 
 def attention(
@@ -105,9 +117,10 @@ def attention(
     decisions = torch.zeros((batch, heads_q, groups, tiles), dtype=torch.uint8, device=q.device)
     margins = q_rows.new_full((batch, heads_q, groups, tiles), math.nan)
 
-    ranges = tile_ranges(geometry, seqlen_q, seqlen_k, left, right)
-    for tile in range(tiles) if geometry.order == "ascending" else reversed(range(tiles)):
-        blocks = [block for block, visited in enumerate(ranges) if tile in visited]
+    walks = tile_walks(geometry, seqlen_q, seqlen_k, left, right)
+    firsts = [next(itertools.chain(*walk), None) for walk in walks]
+    for nth, tile in itertools.product(range(max(map(len, walks), default=0)), reversed(range(tiles))):
+        blocks = [block for block, walk in enumerate(walks) if tile in walk[nth]]
         if not blocks:
             continue
         # The band moves one key to the right with each row, so the blocks that visit a tile are neighbours.
@@ -122,7 +135,7 @@ def attention(
 
         margin = _margin(tile_max, row_max[:, :, rows], log_threshold, geometry.tile_rows)
         for block in blocks:
-            if ranges[block][0] == tile:
+            if firsts[block] == tile:
                 margin[:, :, _groups_of(block, geometry, row_groups)] = math.inf
         skip = margin < 0 if skip_map is None else skip_map[:, :, row_groups, tile] == SKIPPED
         margins[:, :, row_groups, tile] = margin

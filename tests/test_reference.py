@@ -14,7 +14,8 @@ from cute_sparse.problem import TileGeometry
 SMALL = TileGeometry(tile_m=32, tile_rows=16, tile_n=24)
 GEOMETRIES = [
     SMALL,
-    TileGeometry(tile_m=32, tile_rows=16, tile_n=24, order="ascending"),
+    TileGeometry(tile_m=32, tile_rows=16, tile_n=24, order="first_early"),
+    TileGeometry(tile_m=16, tile_rows=16, tile_n=8, order="first_early", cta_m=48),
     TileGeometry(tile_m=16, tile_rows=16, tile_n=8),
     TileGeometry(tile_m=48, tile_rows=16, tile_n=64),
 ]
@@ -68,13 +69,18 @@ def brute_force(q, k, v, scale, left, right, softcap, lam, geometry):
     groups, tiles = -(-seqlen_q // geometry.tile_rows), -(-seqlen_k // geometry.tile_n)
     skip_map = torch.zeros(batch, heads, groups, tiles, dtype=torch.uint8)
     kept_keys = torch.zeros(batch, heads, seqlen_q, seqlen_k, dtype=torch.bool)
-    order = list(range(tiles)) if geometry.order == "ascending" else list(range(tiles))[::-1]
+    keys_of = {t: range(t * geometry.tile_n, min((t + 1) * geometry.tile_n, seqlen_k)) for t in range(tiles)}
     for b in range(batch):
         for h in range(heads):
             for block in range(0, seqlen_q, geometry.tile_m):
                 block_rows = range(block, min(block + geometry.tile_m, seqlen_q))
-                keys_of = {t: range(t * geometry.tile_n, min((t + 1) * geometry.tile_n, seqlen_k)) for t in order}
-                visited = [t for t in order if any(visible[i][j] for i in block_rows for j in keys_of[t])]
+                visited = [t for t in range(tiles) if any(visible[i][j] for i in block_rows for j in keys_of[t])][::-1]
+                if geometry.order == "first_early" and visited:
+                    cta_row = block - block % (geometry.cta_m or geometry.tile_m)
+                    seen = [j for j in range(seqlen_k) if visible[cta_row][j]]
+                    edge = [t for t in visited if not seen or max(keys_of[t].start + geometry.tile_n - 1, 0) > seen[-1]]
+                    rest = [t for t in visited if t not in edge]
+                    visited = edge + rest[-1:] + rest[:-1]
                 for start in range(block, block_rows.stop, geometry.tile_rows):
                     rows = range(start, min(start + geometry.tile_rows, block_rows.stop))
                     row_max = {i: -math.inf for i in rows}

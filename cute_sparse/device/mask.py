@@ -3,7 +3,7 @@
 Row `q_idx` of a sequence sees the keys [q_idx + shift - left, q_idx + shift + right] that exist, where
 shift = seqlen_k - seqlen_q aligns the last row with the last key. "full" has neither bound, "causal" has
 right = 0 and no left. Every role of a kernel takes its loop bounds from here, and so agrees on them; the
-oracle's `reference.tile_ranges` is the same arithmetic.
+oracle's `reference.tile_walks` is the same arithmetic.
 """
 
 from dataclasses import dataclass
