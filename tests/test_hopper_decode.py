@@ -225,15 +225,6 @@ def test_enough_bytes_are_under_way(head_dim, head_dim_v):
     assert slots * config.tile_n * 2 >= decode_config.BYTES_IN_FLIGHT
 
 
-def test_the_choice_is_explained_on_request(monkeypatch, capsys):
-    problem = Problem("decode", "bfloat16", 128, 128)
-    decode_config.choose(problem)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setenv(decode_config.EXPLAIN_VARIABLE, "1")
-    chosen = decode_config.choose(problem)
-    assert str(chosen) in capsys.readouterr().err
-
-
 def test_a_config_too_large_for_an_sm_is_refused():
     problem = Problem("decode", "bfloat16", 256, 256)
     with pytest.raises(ValueError, match="bytes of shared memory"):

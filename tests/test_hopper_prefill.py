@@ -203,15 +203,6 @@ def test_every_problem_has_a_config_that_fits():
                 assert chosen in hopper_config.candidates(problem)
 
 
-def test_the_choice_is_explained_on_request(monkeypatch, capsys):
-    problem = Problem("prefill", "bfloat16", 128, 128)
-    hopper_config.choose(problem)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setenv(hopper_config.EXPLAIN_VARIABLE, "1")
-    chosen = hopper_config.choose(problem)
-    assert str(chosen) in capsys.readouterr().err
-
-
 def test_a_config_too_large_for_an_sm_is_refused():
     problem = Problem("prefill", "bfloat16", 256, 256)
     with pytest.raises(ValueError, match="bytes of shared memory"):

@@ -1,11 +1,10 @@
 """How the Blackwell kernels do it: tile sizes, ring depths, warps, register budgets; and the choice among them."""
 
-import os
-import sys
 from dataclasses import dataclass
 
 from cute_sparse.kernels.blackwell.tmem import TmemPlan
 
+from cute_sparse.device.choice import cheapest
 from cute_sparse.problem import Problem, TileGeometry
 
 TILE_M = 128  # rows of a query tile: one tensor-memory lane, and one softmax thread, each
@@ -24,7 +23,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
-class PrefillConfig:
+class Config:
     """One way to run the prefill kernel.
 
     head_dim, head_dim_v   padded to what the instructions take
@@ -151,7 +150,7 @@ class PrefillConfig:
         return TileGeometry(tile_m=TILE_M, tile_rows=TILE_M, tile_n=self.tile_n)
 
 
-def candidates(problem: Problem, arch: str = "sm_100a") -> list[PrefillConfig]:
+def candidates(problem: Problem, arch: str = "sm_100a") -> list[Config]:
     """Every configuration that can run `problem` on `arch` ("sm_100a" or "sm_103a")."""
     if problem.kind != "prefill":
         raise NotImplementedError(f"Blackwell has no {problem.kind} kernel; it has prefill")
@@ -202,7 +201,7 @@ def _emulated_share(problem: Problem) -> int:
     return 6 if two_query_tiles and problem.head_dim + problem.head_dim_v > 160 else 4
 
 
-def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bool) -> PrefillConfig | None:
+def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bool) -> Config | None:
     head_dim, head_dim_v = round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 16)
     ctas = 2 if pair else 1
     k_bytes, v_bytes = tile_n * head_dim * ELEMENT_BYTES // ctas, tile_n * head_dim_v * ELEMENT_BYTES // ctas
@@ -211,7 +210,7 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
     if stages is None:
         return None
     sparse_full = problem.sparsity is not None and problem.mask == "full" and not problem.varlen
-    return PrefillConfig(
+    return Config(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         query_tiles=2,
@@ -228,7 +227,7 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
     )
 
 
-def _one_query_tile(problem: Problem, exp2_emulated: int, pair: bool) -> PrefillConfig | None:
+def _one_query_tile(problem: Problem, exp2_emulated: int, pair: bool) -> Config | None:
     # A multiple of 32, so that half of it is a whole number of instructions.
     head_dim, head_dim_v = round_up(problem.head_dim, 32), round_up(problem.head_dim_v, 32)
     # In pairs a slot of a whole KV tile is as large as one of half a tile without.
@@ -238,7 +237,7 @@ def _one_query_tile(problem: Problem, exp2_emulated: int, pair: bool) -> Prefill
     stages = _ring_stages(left, k_bytes, v_bytes, at_least=chunks)
     if stages is None:
         return None
-    return PrefillConfig(
+    return Config(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         query_tiles=1,
@@ -278,7 +277,7 @@ HANDOVER_CLOCKS = 150
 REFILL_CLOCKS = 430
 
 
-def cost(problem: Problem, config: PrefillConfig) -> float:
+def cost(problem: Problem, config: Config) -> float:
     """Modelled clocks for 128 keys of one query tile: the slowest unit, and a part of what it does not hide.
 
     Rates per SM and clock: 8192 FLOP of 16-bit MMA, 16 exponentials and 128 bytes of shared memory; an emulated
@@ -298,18 +297,6 @@ def cost(problem: Problem, config: PrefillConfig) -> float:
     return clocks * 128 / config.tile_n
 
 
-def choose(problem: Problem, arch: str = "sm_100a") -> PrefillConfig:
-    """The cheapest candidate; with CUTE_SPARSE_EXPLAIN set, it and the others are printed."""
-    configs = candidates(problem, arch)
-    if not configs:
-        raise NotImplementedError(
-            f"no Blackwell prefill configuration for head dims {problem.head_dim}/{problem.head_dim_v}: "
-            f"Q and one tile of K and V do not fit {SM_SHARED_BYTES} bytes of shared memory"
-        )
-    costs = [cost(problem, config) for config in configs]
-    best = min(range(len(configs)), key=costs.__getitem__)
-    if os.environ.get("CUTE_SPARSE_EXPLAIN"):
-        for config, clocks in zip(configs, costs, strict=True):
-            mark = "chosen" if config is configs[best] else "      "
-            print(f"{mark} {clocks:7.0f} clocks  {config}", file=sys.stderr)
-    return configs[best]
+def choose(problem: Problem, arch: str = "sm_100a") -> Config:
+    """The candidate of lowest cost."""
+    return cheapest(problem, arch, candidates(problem, arch), cost)

@@ -22,7 +22,7 @@ from cute_sparse.kernels.blackwell.config import (
     TILE_M,
     WARPS_PER_GROUP,
 )
-from cute_sparse.kernels.blackwell.decode_config import ROW_WORDS, SUM_COLUMNS, DecodeConfig, choose
+from cute_sparse.kernels.blackwell.decode_config import ROW_WORDS, SUM_COLUMNS, Config, choose
 from cute_sparse.kernels.blackwell.softmax import (
     RowSoftmax,
     accumulated,
@@ -185,7 +185,7 @@ class Operand(NamedTuple):
 class Decode:
     """The kernel of one (problem, config).
 
-    Roles (16 warps, three of them idle; registers after setmaxnreg in `DecodeConfig`)
+    Roles (16 warps, three of them idle; registers after setmaxnreg in `Config`)
       load_q      a warp: the rows of Q by vector loads, into the swizzled tile that the MMA reads
       load_k      a warp: K by TMA, as far ahead as the ring goes
       load_v      a warp: V by TMA; with a threshold, of kept tiles, as soon as they are known
@@ -235,7 +235,7 @@ class Decode:
     of value_mma, 40 of each load warp (42 of load_k and 56 of load_v with a threshold).
     """
 
-    def __init__(self, problem: Problem, config: DecodeConfig) -> None:
+    def __init__(self, problem: Problem, config: Config) -> None:
         self.problem = problem
         self.config = config
         self.dtype = DTYPES[problem.dtype]
@@ -1115,7 +1115,7 @@ class Decode:
         )
 
 
-def shared_storage(config: DecodeConfig, dtype: type, sQ_layout, sK_layout, sV_layout):
+def shared_storage(config: Config, dtype: type, sQ_layout, sK_layout, sV_layout):
     """The plan of shared memory: barriers and words first, then the tiles, each aligned to its swizzle."""
 
     def tile(layout):
@@ -1261,7 +1261,7 @@ def _placeholder(operand, dtype: type):
     return cute.runtime.make_ptr(pointee, TENSOR_ALIGN_BYTES, cute.AddressSpace.gmem, assumed_align=align)
 
 
-def compile(problem: Problem, config: DecodeConfig | None = None):
+def compile(problem: Problem, config: Config | None = None):
     """Compile the host function of `operands.DECODE` and a stream, for the DSL's current architecture."""
     check_supported(problem, SUPPORTS, "kernels.blackwell")
     kernel = Decode(problem, config or choose(problem))

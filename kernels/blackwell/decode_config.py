@@ -7,8 +7,6 @@ tile than the tile's bytes do.
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 
 from cute_sparse.kernels.blackwell.config import (
@@ -22,6 +20,7 @@ from cute_sparse.kernels.blackwell.config import (
 )
 from cute_sparse.kernels.blackwell.tmem import COLUMNS
 
+from cute_sparse.device.choice import cheapest
 from cute_sparse.problem import Problem, TileGeometry
 
 TILE_N = 64  # keys per KV tile, whose K and V are in flight for about 1100 clocks at head dim 128
@@ -79,7 +78,7 @@ class DecodeTmem:
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class Config:
     """One way to run the decode kernel.
 
     head_dim, head_dim_v   padded to what the instructions take
@@ -199,7 +198,7 @@ def strip(columns: int) -> int:
     return next(width for width in STRIPS if columns % width == 0)
 
 
-def candidates(problem: Problem, arch: str = "sm_100a") -> list[DecodeConfig]:
+def candidates(problem: Problem, arch: str = "sm_100a") -> list[Config]:
     """Every configuration that can run `problem`, the same for "sm_100a" and "sm_103a": with the deepest rings of K
     and V, and with K's one slot shorter in favour of V's."""
     if problem.kind != "decode":
@@ -213,7 +212,7 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[DecodeConfig]:
         if v_stages >= 2:
             s_stages, p_stages = _tensor_stages(head_dim_v, v_stages)
             found.append(
-                DecodeConfig(
+                Config(
                     head_dim=head_dim,
                     head_dim_v=head_dim_v,
                     tile_n=TILE_N,
@@ -235,7 +234,7 @@ def _tensor_stages(head_dim_v: int, v_stages: int) -> tuple[int, int]:
     return s_stages, min(P_STAGES_MAX, v_stages, (left - s_stages * TILE_N) // p_columns)
 
 
-def cost(problem: Problem, config: DecodeConfig) -> float:
+def cost(problem: Problem, config: Config) -> float:
     """Modelled clocks per KV tile: its bytes, which take longer in proportion where fewer than the latency asks for are
     under way, of K and V together and of each, since each ring must hide its own latency."""
     k, v = config.k_slot_bytes, config.v_slot_bytes
@@ -247,18 +246,6 @@ def cost(problem: Problem, config: DecodeConfig) -> float:
     return (k + v) / BYTES_PER_CLOCK * (shortage + 0.01 * abs(config.k_stages - config.v_stages))
 
 
-def choose(problem: Problem, arch: str = "sm_100a") -> DecodeConfig:
-    """The cheapest candidate; with CUTE_SPARSE_EXPLAIN set, it and the others are printed."""
-    configs = candidates(problem, arch)
-    if not configs:
-        raise NotImplementedError(
-            f"no Blackwell decode configuration for head dims {problem.head_dim}/{problem.head_dim_v}: "
-            f"Q and two tiles of K and V do not fit {SM_SHARED_BYTES} bytes of shared memory"
-        )
-    costs = [cost(problem, config) for config in configs]
-    best = min(range(len(configs)), key=costs.__getitem__)
-    if os.environ.get("CUTE_SPARSE_EXPLAIN"):
-        for config, clocks in zip(configs, costs, strict=True):
-            mark = "chosen" if config is configs[best] else "      "
-            print(f"{mark} {clocks:7.0f} clocks a tile  {config}", file=sys.stderr)
-    return configs[best]
+def choose(problem: Problem, arch: str = "sm_100a") -> Config:
+    """The candidate of lowest cost."""
+    return cheapest(problem, arch, candidates(problem, arch), cost)

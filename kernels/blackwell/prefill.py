@@ -20,7 +20,7 @@ from cute_sparse.kernels.blackwell.config import (
     THREADS_PER_WARP,
     TILE_M,
     WARPS_PER_GROUP,
-    PrefillConfig,
+    Config,
     choose,
     may_stay,
 )
@@ -200,7 +200,7 @@ class Fragments(NamedTuple):
 class Prefill:
     """The kernel of one (problem, config).
 
-    Roles (16 warps with two query tiles a CTA, 12 with one; registers after setmaxnreg in `PrefillConfig`)
+    Roles (16 warps with two query tiles a CTA, 12 with one; registers after setmaxnreg in `Config`)
       softmax     a warpgroup per query tile, a thread per row: S -> maximum, skip vote, P, row sum; it also
                   rescales O in tensor memory, in the rare tile that moves a reference by more than 2^8
       correction  a warpgroup: O / row sum -> global memory
@@ -237,7 +237,7 @@ class Prefill:
       mma        Q K(i+1)  P V(i)  Q K(i+2)  P V(i+1) ..
       softmax    S(i+1): max, exp, P, sum    S(i+2) ..
 
-    Pairs of CTAs (`PrefillConfig.cta_pair`). The MMA warp of one CTA, the leader, multiplies 256 rows: 128 of each CTA,
+    Pairs of CTAs (`Config.cta_pair`). The MMA warp of one CTA, the leader, multiplies 256 rows: 128 of each CTA,
     whose S, P and O lie in its own tensor memory. Each CTA fetches half of K's rows and half of V's columns, so
     that TMA and the products move half of K and V through shared memory, and the rings are twice as deep: at
     192/128 a CTA alone has room for two K and one V, and its MMA warp waits for V most of the time. Per 128 x 128
@@ -272,7 +272,7 @@ class Prefill:
     kernel took as long with all tiles kept, and with hardly any.
     """
 
-    def __init__(self, problem: Problem, config: PrefillConfig) -> None:
+    def __init__(self, problem: Problem, config: Config) -> None:
         self.problem = problem
         self.config = config
         self.dtype = DTYPES[problem.dtype]
@@ -1223,7 +1223,7 @@ class Prefill:
         )
 
 
-def shared_storage(config: PrefillConfig, dtype: type, sQ_layout, sK_layout, sV_layout):
+def shared_storage(config: Config, dtype: type, sQ_layout, sK_layout, sV_layout):
     """The plan of shared memory: barriers and words first, then the tiles, each aligned to its swizzle."""
 
     def tile(layout):
@@ -1329,7 +1329,7 @@ def _placeholder(operand, dtype: type):
     return cute.runtime.make_ptr(pointee, TENSOR_ALIGN_BYTES, cute.AddressSpace.gmem, assumed_align=align)
 
 
-def compile(problem: Problem, config: PrefillConfig | None = None):
+def compile(problem: Problem, config: Config | None = None):
     """Compile the host function of `operands.PREFILL` and a stream, for the DSL's current architecture."""
     check_supported(problem, SUPPORTS, "kernels.blackwell")
     kernel = Prefill(problem, config or choose(problem))

@@ -17,7 +17,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 from cute_sparse.device.softmax import FLOOR, RESCALE_LOG2, normaliser
 
 LOWEST = -3.4028234663852886e38  # the most negative fp32: above -inf, below every score
-PAIRS_PER_PERIOD = 16  # the unit in which `PrefillConfig.exp2_emulated` counts
+PAIRS_PER_PERIOD = 16  # the unit in which `Config.exp2_emulated` of config.py counts
 SUM_CHAINS = 2  # packed additions that do not wait for each other
 _PACKED_TYPE = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}
 

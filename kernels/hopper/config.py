@@ -7,14 +7,12 @@ clock are datasheet rates: 4096 BF16 MMA FLOP, 16 exponentials.
 from __future__ import annotations
 
 import math
-import os
-import sys
 from dataclasses import dataclass, replace
 
+from cute_sparse.device.choice import cheapest
 from cute_sparse.problem import Problem, TileGeometry
 
 ARCH = "sm_90a"
-EXPLAIN_VARIABLE = "CUTE_SPARSE_EXPLAIN"  # set it to see which config is chosen, and why, on stderr
 
 WARPGROUP_ROWS = 64
 WARPGROUP_WARPS = 4
@@ -175,9 +173,4 @@ def cost(problem: Problem, config: Config) -> float:
 
 def choose(problem: Problem) -> Config:
     """The candidate of lowest cost."""
-    ranked = sorted(candidates(problem), key=lambda config: cost(problem, config))
-    if os.environ.get(EXPLAIN_VARIABLE):
-        for config in ranked[:4]:
-            print(f"{ARCH} prefill {cost(problem, config):.4f} cycles/score {config}", file=sys.stderr)
-        print(f"{ARCH} prefill chose {ranked[0]} for {problem}", file=sys.stderr)
-    return ranked[0]
+    return cheapest(problem, ARCH, candidates(problem), cost)

@@ -51,8 +51,6 @@ from cute_sparse.device.split import WALK_WORDS, Segment, SplitPlan, Walk
 from cute_sparse.operands import DECODE
 from cute_sparse.problem import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, Problem, head_dim_feature
 
-__all__ = ["SUPPORTS", "Config", "choose", "compile"]
-
 PAGE_SIZES = (16, 32, 64, 128, 256)
 SUPPORTS = frozenset(
     {"dtype:bfloat16", "dtype:float16", "mask:full", "mask:causal", "mask:band"}

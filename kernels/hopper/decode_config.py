@@ -7,14 +7,11 @@ tile than the tile's bytes do.
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 
 from cute_sparse.kernels.hopper.config import (
     ARCH,
     ELEMENT_BYTES,
-    EXPLAIN_VARIABLE,
     MMA_FLOP_PER_CYCLE,
     REGISTERS,
     SHARED_BYTES,
@@ -23,6 +20,7 @@ from cute_sparse.kernels.hopper.config import (
     padded,
 )
 
+from cute_sparse.device.choice import cheapest
 from cute_sparse.problem import Problem, TileGeometry
 
 WARPGROUPS = 3  # load, score, value
@@ -154,9 +152,4 @@ def cost(problem: Problem, config: Config) -> float:
 
 def choose(problem: Problem) -> Config:
     """The candidate of lowest cost."""
-    ranked = sorted(candidates(problem), key=lambda config: cost(problem, config))
-    if os.environ.get(EXPLAIN_VARIABLE):
-        for config in ranked:
-            print(f"{ARCH} decode {cost(problem, config):.3f} cycles/key {config}", file=sys.stderr)
-        print(f"{ARCH} decode chose {ranked[0]} for {problem}", file=sys.stderr)
-    return ranked[0]
+    return cheapest(problem, ARCH, candidates(problem), cost)

@@ -53,8 +53,6 @@ from cute_sparse.device.softmax import OnlineSoftmax
 from cute_sparse.operands import PREFILL
 from cute_sparse.problem import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, Problem, head_dim_feature
 
-__all__ = ["SUPPORTS", "Config", "choose", "compile"]
-
 SUPPORTS = frozenset(
     {"dtype:bfloat16", "dtype:float16", "mask:full", "mask:causal", "mask:band"}
     | {"varlen", "softcap", "sink", "sparsity:threshold", "lse", "stats"}
