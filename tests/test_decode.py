@@ -12,9 +12,10 @@ import cute_sparse
 from cute_sparse import dispatch, reference, splits
 from cute_sparse import inputs as checks
 from cute_sparse import threshold as thresholds
+from cute_sparse.emulator import chips, timing
 from cute_sparse.problem import TileGeometry
 from tests.conftest import EMULATED_ARCHS, Runner, reason_to_skip
-from tests.decode_cases import CASES, PAGED, DecodeCase, DecodeInputs, make_decode_inputs
+from tests.decode_cases import CASES, CONTIGUOUS, PAGED, DecodeCase, DecodeInputs, make_decode_inputs
 from tests.test_attention import TANH_ERROR, check_lse, tanh_slack
 
 
@@ -460,6 +461,21 @@ def test_any_number_of_sms_gives_the_oracle_s_result(arch, sms):
         splitting = splitting_of(case, inputs)
     assert splitting["ctas"] == sms
     check(case, inputs, got, splitting)
+
+
+def test_combining_sixteen_splits_takes_one_trip_to_global_memory(arch):
+    """By how much the last CTA to arrive, and any other, are later if such a trip takes longer."""
+    case = replace(CONTIGUOUS, lengths=(2048,), capacity=None, num_splits=16)
+    chip, longer = chips.chip_of(arch), 100_000
+    far = replace(chip, global_latency=chip.global_latency + longer)
+    with cute_sparse.emulated(arch, sms=16) as device, timing.traced(device):
+        call(case, make_decode_inputs(case), return_lse=True, return_stats=True)
+        trips = sorted(
+            (timing.estimate(device, far, cluster=cta).cycles - timing.estimate(device, chip, cluster=cta).cycles)
+            / longer
+            for cta in range(timing.traced_clusters(device))
+        )
+    assert trips[-1] - trips[0] == pytest.approx(1, abs=0.01) and trips[-2] == pytest.approx(trips[0], abs=0.01)
 
 
 # ---- What a GPU alone can tell ----

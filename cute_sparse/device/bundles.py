@@ -258,13 +258,12 @@ class Partials:
     """Partial results of splits, fp32. A slot holds one split's.
 
     acc      (head_dim_v, slot_rows, partial_slots): not yet divided by the row sum
-    row_max, row_sum  (slot_rows, partial_slots); row_max in base-2 units, -inf where the row has seen no key
+    rows     (2, slot_rows, partial_slots): each row's maximum, in base-2 units, -inf where it has seen no key; its sum
     arrivals (items,) int32: the splits of an item that have written theirs
     """
 
     acc: Any
-    row_max: Any
-    row_sum: Any
+    rows: Any
     arrivals: Any
 
 
@@ -351,12 +350,11 @@ def _partials(problem: Problem, named, items) -> Partials:
     acc_layout = cute.make_layout(
         (head_dim_v, slot_rows, slots), stride=(1, head_dim_v, cutlass.Int64(slot_rows) * head_dim_v)
     )
-    row_layout = cute.make_layout((slot_rows, slots), stride=(2, slot_rows * 2))
+    rows_layout = cute.make_layout((2, slot_rows, slots))
     rows = named["partials"] + cutlass.Int64(slots) * slot_rows * head_dim_v
     return Partials(
         cute.make_tensor(named["partials"], acc_layout),
-        cute.make_tensor(rows, row_layout),
-        cute.make_tensor(rows + 1, row_layout),
+        cute.make_tensor(rows, rows_layout),
         cute.make_tensor(named["arrivals"], (items,)),
     )
 
