@@ -55,9 +55,7 @@ def _from_disk_or_compiler(problem: Problem, config: object, arch: str, compile:
     folder = cache.directory()
     if folder is None:
         return compile_now(problem, config, arch, compile)
-    name = cache.key(
-        problem, config, arch, importlib.metadata.version(DSL), _compiler_variables(), emulated
-    )
+    name = cache.key(problem, config, arch, compiler_version(), _compiler_variables(), emulated)
     path = folder / f"{problem.kind}-{arch}-{name[:32]}.o"
     function = _load(path, name, emulated)
     if function is not None:
@@ -68,6 +66,14 @@ def _from_disk_or_compiler(problem: Problem, config: object, arch: str, compile:
             function = compile_now(problem, config, arch, compile)
             cache.write(path, _entry(function, name, emulated))
     return function
+
+
+def compiler_version() -> str:
+    """Of the DSL, and of the CUDA toolkit whose assembler it holds: one version of the DSL comes with several."""
+    import cutlass
+
+    toolkit = cutlass.CUDA_VERSION
+    return f"{importlib.metadata.version(DSL)} (CUDA {toolkit.major}.{toolkit.minor})"
 
 
 def _compiler_variables() -> list[tuple[str, str]]:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import importlib.metadata
 import math
 import os
 import subprocess
@@ -39,6 +38,7 @@ from pathlib import Path
 import torch
 
 import cute_sparse
+from cute_sparse.compiled import compiler_version
 from cute_sparse.dispatch import ARCH_OF_CAPABILITY
 from cute_sparse.reference import KEPT
 from cute_sparse.workloads import structured_qkv
@@ -288,13 +288,14 @@ class Bench:
 
     def _sparse(self, name: str, shape: Shape, qkv, attention: Call, target: float) -> list[Provider]:
         mine = self._skipping(attention, target)
-        mode, kept = mine.mode, mine.kept
-        try:
-            blocks = in_flex_blocks(kept)
-        except Missing as reason:
-            self.missing.append(f"{name}, {mode}: flex: {reason}")
+        if "flex" not in self.peers:
             return [mine]
-        return [mine, *self._peer(name, shape, qkv, mode, blocks, [peer for peer in self.peers if peer == "flex"])]
+        try:
+            blocks = in_flex_blocks(mine.kept)
+        except Missing as reason:
+            self.missing.append(f"{name}, {mine.mode}: flex: {reason}")
+            return [mine]
+        return [mine, *self._peer(name, shape, qkv, mine.mode, blocks, ["flex"])]
 
     def _peer(self, name, shape, qkv, mode, kept, names) -> list[Provider]:
         found = []
@@ -437,16 +438,16 @@ def find_origin(gpu: str) -> rows.Origin:
         gpu=gpu,
         driver=driver[0] if driver else "unknown",
         torch=torch.__version__,
-        cutlass_dsl=_version("nvidia-cutlass-dsl"),
+        cutlass_dsl=_dsl_version(),
         commit=find_commit(),
         time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def _version(package: str) -> str:
+def _dsl_version() -> str:
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return compiler_version()
+    except ImportError:
         return "missing"
 
 

@@ -12,7 +12,8 @@ A row is one number: its median and quantiles over repeated runs (all three equa
               error_dense (the same against all tiles), sparsity (share skipped of the tiles visited),
               threshold (lambda), import, first_call (s), host_time (us per warm call), sm_clock (MHz),
               memory_clock (MHz), power (W), temperature (C)
-    gpu, driver, torch, cutlass_dsl, commit, time    where, with what and when; rows of one run share their time
+    gpu, driver, torch, cutlass_dsl, commit, time    where, with what and when; rows of one run share their time.
+              cutlass_dsl: the version of the DSL and of its CUDA toolkit
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -238,6 +239,19 @@ def count_compilations(monkeypatch):
     real = compiled.compile_now
     monkeypatch.setattr(compiled, "compile_now", lambda *given: (compilations.append(given), real(*given))[1])
     return compilations
+
+
+def test_another_toolkit_of_the_same_dsl_has_files_of_its_own(folder, monkeypatch):
+    """Its assembler is another, and a driver may refuse what it makes."""
+    cutlass = pytest.importorskip("cutlass")
+    written = []
+    monkeypatch.setattr(compiled, "compile_now", lambda *_: None)
+    monkeypatch.setattr(compiled, "_entry", lambda *_: ENTRY)
+    monkeypatch.setattr(cache, "write", lambda path, entry: written.append(path.name))
+    for toolkit in ((12, 9), (13, 4), (13, 4)):
+        monkeypatch.setattr(cutlass, "CUDA_VERSION", SimpleNamespace(major=toolkit[0], minor=toolkit[1]))
+        compiled.compile_to_disk(PROBLEM, "config", "sm_90a", None)
+    assert written[1] == written[2] != written[0]
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a", "sm_103a"])
