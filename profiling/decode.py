@@ -217,16 +217,17 @@ def _flash(shape: DecodeShape, inputs: DecodeInputs) -> Call:
 
 
 def _flash_attention_4(shape: DecodeShape, inputs: DecodeInputs) -> Call:
-    """With as many splits as its heuristic chooses."""
+    """With as many splits as its heuristic chooses; on Hopper, where it refuses more than one, with one."""
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ImportError as error:
         raise Missing(f"pip install flash-attn-4: {error}") from None
     q, k_cache, v_cache, seqused_k, page_table = inputs
+    num_splits = 1 if torch.cuda.get_device_capability(q.device)[0] == 9 else 0
 
     def call() -> torch.Tensor:
         out = flash_attn_varlen_func(
-            q, k_cache, v_cache, seqused_k=seqused_k, page_table=page_table, causal=True, num_splits=0
+            q, k_cache, v_cache, seqused_k=seqused_k, page_table=page_table, causal=True, num_splits=num_splits
         )
         return out[0] if isinstance(out, tuple) else out
 

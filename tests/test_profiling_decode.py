@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -133,6 +135,16 @@ def test_pytorch_has_no_such_decode(shape):
     inputs = decode.random_inputs(shape, torch.bfloat16, "cpu")
     with pytest.raises(decode.Missing, match="PyTorch"):
         decode.PEERS["flash"](shape, inputs)
+
+
+@pytest.mark.parametrize("capability, num_splits", [((9, 0), 1), ((10, 0), 0)])
+def test_flash_attention_4_is_asked_to_split_only_where_it_can(capability, num_splits, monkeypatch):
+    asked = []
+    interface = types.SimpleNamespace(flash_attn_varlen_func=lambda *_, num_splits, **__: asked.append(num_splits))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", interface)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    decode.PEERS["fa4"](CONTIGUOUS, decode.random_inputs(CONTIGUOUS, torch.bfloat16, "cpu"))()
+    assert asked == [num_splits]
 
 
 def test_the_copy_moves_as_many_bytes_as_k_and_v_have():
