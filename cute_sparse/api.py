@@ -28,10 +28,10 @@ def attention(
     q          (batch, seqlen_q, heads_q, head_dim), bfloat16 or float16
     k, v       (batch, seqlen_k, heads_kv, head_dim) and (.., head_dim_v); heads_kv divides heads_q (GQA, MQA).
                Head dims are multiples of 8 up to 256. Any strides that are multiples of 16 bytes, the last 1.
-    softmax_scale  a positive number; None: 1 / sqrt(head_dim)
+    softmax_scale  a positive number, at most 1e8; None: 1 / sqrt(head_dim)
     causal     key j is visible to query i where j <= i + seqlen_k - seqlen_q (aligned bottom-right)
     window_size  (left, right) keys around that diagonal, None or -1 unbounded; causal sets right to 0
-    softcap    scores become softcap * tanh(score / softcap); 0: not
+    softcap    scores become softcap * tanh(score / softcap); at most 1e4; 0: not
     learnable_sink  fp32 (heads_q,): a logit of each head that takes its share of the softmax and has no value; it is
                part of lse, and not of the running maximum that a threshold compares with. None: there is none
     threshold  lambda in (0, 1]: a tile of keys is skipped where, for every query row of a group, its largest score

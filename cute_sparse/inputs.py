@@ -17,7 +17,9 @@ DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ALIGNMENT_BYTES = 16  # of a TMA transfer: every row starts on a multiple of it
 ELEMENTS_MAX = 2**31 - 1  # reached by 32-bit element offsets
 TOKENS_MAX = ELEMENTS_MAX // HEAD_DIM_MULTIPLE  # of a sequence: more would not fit into ELEMENTS_MAX
-FLOAT32_MAX = torch.finfo(torch.float32).max
+# The kernels' arithmetic is float32's. Above SCALE_MAX what stands for -inf there overflows; Hopper's tanh is good to
+# 1e-7, so that a larger cap would cost the scores more than 1e-3. Below SCALE_MIN numbers count as 0.
+SCALE_MIN, SCALE_MAX, SOFTCAP_MAX = torch.finfo(torch.float32).tiny, 1e8, 1e4
 SEQLEN_Q_MAX = 16  # queries per sequence of a decode call
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
@@ -302,15 +304,15 @@ def _number(name: str, value: float) -> float:
 
 def _checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else _number("softmax_scale", softmax_scale)
-    if not 0 < scale <= FLOAT32_MAX:
-        raise ValueError(f"{softmax_scale=} must be positive and finite, in float32")
+    if not SCALE_MIN <= scale <= SCALE_MAX:
+        raise ValueError(f"{softmax_scale=} must be positive, from {SCALE_MIN:.2g} to {SCALE_MAX:g}")
     return scale
 
 
 def _checked_softcap(softcap: float) -> float:
     cap = _number("softcap", softcap)
-    if not 0 <= cap <= FLOAT32_MAX:
-        raise ValueError(f"{softcap=} must be finite, in float32, and not negative; 0 means none")
+    if not (cap == 0 or SCALE_MIN <= cap <= SOFTCAP_MAX):
+        raise ValueError(f"{softcap=} must be positive, from {SCALE_MIN:.2g} to {SOFTCAP_MAX:g}, or 0 for none")
     return cap
 
 
