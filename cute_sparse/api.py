@@ -54,7 +54,7 @@ def attention(
         softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
         learnable_sink=learnable_sink, threshold=threshold, out=out, return_lse=return_lse, return_stats=return_stats,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if operators.are_asked_for(q, k, v):
         return operators.traced("attention", q, k, v, options)
     return calls.attention(q, k, v, options)
 
@@ -94,7 +94,7 @@ def attention_varlen(
         return_stats=return_stats, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if operators.are_asked_for(q, k, v):
         return operators.traced("attention_varlen", q, k, v, options)
     return calls.attention_varlen(q, k, v, options)
 
@@ -148,6 +148,6 @@ def decode(
         window_size=window_size, softcap=softcap, learnable_sink=learnable_sink, threshold=threshold,
         num_splits=num_splits, share_max=share_max, out=out, return_lse=return_lse, return_stats=return_stats,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if operators.are_asked_for(q, k_cache, v_cache):
         return operators.traced("decode", q, k_cache, v_cache, options)
     return calls.decode(q, k_cache, v_cache, options)

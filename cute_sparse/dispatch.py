@@ -17,6 +17,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from cute_sparse import compiled, inputs, reference, splits, threshold
 from cute_sparse.inputs import DecodeRequest, Request
@@ -81,6 +83,7 @@ def _planned(kind: str, check: Callable, make: Callable, q, k, v, options: dict)
     try:
         key = (
             kind, _identity(q), _identity(k), _identity(v), torch.is_grad_enabled(), _emulation, *options,
+            type(q), type(k), type(v), forward_ad._current_level,
             *map(type, options.values()),  # True == 1 == 1.0
             *[_identity(value) if isinstance(value, torch.Tensor) else value for value in options.values()],
         )  # fmt: skip
@@ -234,6 +237,8 @@ class KernelPlan:
                 threshold.check_values(threshold_tensor)
         if out is None:
             out = q.new_empty(self.out_shape)
+        else:
+            increment_version(out)  # as PyTorch's own operators do, for autograd to notice the change
         lse = q.new_empty(self.lse_shape, dtype=torch.float32) if self.return_lse else None
         tile_counts = skip_map = None
         if self.return_stats:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from cute_sparse import threshold as thresholds
 from cute_sparse.problem import HEAD_DIM_MULTIPLE, Mask, Problem, check_head_dims
@@ -366,6 +367,12 @@ def _length(value: int | None, name: str) -> int:
     return int(value)
 
 
+def has_dispatch_of_its_own(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's class, not its memory, says what it holds: a FakeTensor's memory, for instance, is none."""
+    plain = torch.Tensor.__torch_dispatch__
+    return getattr(type(tensor), "__torch_dispatch__", plain) is not plain
+
+
 def _check_tensors(named: dict[str, torch.Tensor], rank: int, layout: str) -> None:
     """`named` holds queries, keys and values, in this order, by the names that the caller knows."""
     (q_name, q), (k_name, k), (v_name, v) = named.items()
@@ -375,6 +382,10 @@ def _check_tensors(named: dict[str, torch.Tensor], rank: int, layout: str) -> No
         if tensor.layout != torch.strided or tensor.is_nested:
             layout = "nested" if tensor.is_nested else tensor.layout
             raise NotImplementedError(f"{name} is a {layout} tensor; supported are dense ones with strides")
+        if has_dispatch_of_its_own(tensor):
+            raise NotImplementedError(f"{name} is a {type(tensor).__name__}; supported are tensors in memory")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name} has a tangent; there is no derivative of attention yet")
         if tensor.dim() != rank:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have {rank} dimensions {layout}")
     for name, tensor in named.items():

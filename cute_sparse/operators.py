@@ -1,7 +1,8 @@
 """The operators `torch.ops.cute_sparse.attention` and `.decode`: what torch.compile and torch.export keep of a call.
 
-A traced call becomes one opaque operator, which runs the call as it would run untraced. An eager call does not go
-through them: PyTorch's dispatcher costs more time than all of ours.
+A traced call becomes one opaque operator, which runs the call as it would run untraced; so does one of tensors that
+have no memory of their own, as a FakeTensor. Another eager call does not go through them: PyTorch's dispatcher costs
+more time than all of ours.
 
 Both write to `out`, given or made by the traced code, and return the log-sum-exp, empty where it was not asked for.
 Tile counts and skip maps are not in them: their shapes follow the kernel's tiles. A call with
@@ -14,13 +15,23 @@ from collections.abc import Callable
 
 import torch
 
-from cute_sparse import calls
+from cute_sparse import calls, inputs
 
 OPTIONS = (
     "float? softmax_scale, bool causal, SymInt[] window_size, float softcap, Tensor? learnable_sink, "
     "Tensor? threshold, float? threshold_number, bool return_lse"
 )
+_TRACER = torch._C._TorchDispatchModeKey.PROXY  # make_fx
 UNPACKED = dict(cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None)
+
+
+def are_asked_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether a call is traced, or of tensors whose class answers for what is done to them."""
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_TRACER) is not None:
+        return True
+    if type(q) is type(k) is type(v) is torch.Tensor:
+        return False
+    return any(inputs.has_dispatch_of_its_own(tensor) and not tensor.is_nested for tensor in (q, k, v))
 
 
 def traced(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict):

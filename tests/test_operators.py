@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cute_sparse
 
@@ -103,6 +106,45 @@ def test_on_kernels_too():
     with cute_sparse.emulated("sm_90a") as device:
         compiled(attend_with_a_window)(*qkv())
         assert len(device.launches) == 1
+
+
+def fake(*tensors):
+    with FakeTensorMode() as mode:
+        return tuple(mode.from_tensor(tensor) for tensor in tensors)
+
+
+def test_a_call_of_tensors_without_memory_has_a_result_without_memory():
+    cute_sparse.attention(*qkv(), return_stats=True)  # leaves a plan for such shapes
+    out, lse, _ = cute_sparse.attention(*fake(*qkv()), return_lse=True)
+    assert isinstance(out, FakeTensor) and out.shape == (2, 20, 4, 16) and lse.shape == (2, 4, 20)
+    with pytest.raises(NotImplementedError, match="q is a FakeTensor.* in memory"):
+        cute_sparse.attention(*fake(*qkv()), return_stats=True)
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_make_fx_keeps_the_operator(mode):
+    traced = make_fx(lambda q, k, v: cute_sparse.attention(q, k, v), tracing_mode=mode)(*qkv())
+    assert "torch.ops.cute_sparse.attention.default" in traced.code
+
+
+def test_kernels_run_on_memory_alone_and_say_what_they_write():
+    """A FakeTensor's address is 0, also where a plan for its shape is at hand. A given `out` counts as changed, so that
+    autograd refuses a gradient that needs what it held before."""
+    pytest.importorskip("cutlass")
+    out = torch.zeros(2, 20, 4, 16, dtype=torch.bfloat16)
+    with cute_sparse.emulated("sm_90a") as device:
+        cute_sparse.attention(*qkv(), out=out)
+        cute_sparse.attention(*qkv())
+        assert isinstance(cute_sparse.attention(*fake(*qkv())), FakeTensor)
+        assert len(device.launches) == 2
+    assert out._version == 1
+
+
+def test_a_tangent_is_refused():
+    q, k, v = qkv()
+    cute_sparse.attention(q, k, v)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="k has a tangent"):
+        cute_sparse.attention(q, forward_ad.make_dual(k, torch.ones_like(k)), v)
 
 
 def test_an_exported_program_keeps_the_operator():
