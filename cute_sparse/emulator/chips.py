@@ -34,6 +34,7 @@ class Chip:
     fma_lanes: float = 32  # (*) [B]; a packed f32x2 instruction takes two turns and one issue slot
     alu_lanes: float = 16  # (*) [B]
     shared_bytes: float = 128  # [B]
+    port_bytes: float = 64  # that enter one SM from L2, multicasts of other SMs included [D]
     tensor_load_columns: float = 1  # (*) of 32 lanes x 32 bits [C]
     tensor_store_columns: float = 1  # (*) [D]
     alu_latency: float = 4  # [C]

@@ -30,11 +30,14 @@ def clocks(body: str, *, chip: chips.Chip = HOPPER, threads: int = 32, prologue:
     return timed(body, chip=chip, threads=threads, prologue=prologue).cycles
 
 
-def timed(body: str, *, chip: chips.Chip = HOPPER, threads: int = 32, prologue: str = PROLOGUE) -> timing.Estimate:
+def timed(
+    body: str, *, chip: chips.Chip = HOPPER, threads: int = 32, prologue: str = PROLOGUE, ctas: int = 1
+) -> timing.Estimate:
+    """Of one cluster of `ctas` CTAs."""
     arch = chip.arch
     ptx = module(arch, prologue + body, parameters=".param .u64 data", registers=REGISTERS, shared=SHARED)
-    with emulator.device(arch, sms=1, threads=1) as device, timing.traced(device):
-        run_ptx(device, ptx, [DATA], block=(threads, 1, 1), shared_bytes=98304)
+    with emulator.device(arch, sms=ctas, threads=1) as device, timing.traced(device):
+        run_ptx(device, ptx, [DATA], grid=ctas, block=(threads, 1, 1), cluster=ctas, shared_bytes=98304)
         return timing.estimate(device, chip)
 
 
@@ -158,6 +161,28 @@ def test_a_round_trip_to_global_memory_takes_the_latency_and_the_bytes():
     assert trip(1024) >= HOPPER.tma_latency
     farther = replace(HOPPER, tma_latency=HOPPER.tma_latency + 1000)
     assert trip(1024, farther) - trip(1024) == 1000
+
+
+def multicasts(count: int, nbytes: int) -> str:
+    """Each of two CTAs sends `count` times `nbytes` to both, and waits for all."""
+    meet = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+    copies = "".join(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        f" [%r3+{1024 + 2 * k * nbytes}], [%d0], {nbytes}, [%r2], %h0;"
+        for k in range(count)
+    )
+    return (
+        f".reg .b16 %h0; mov.b16 %h0, 3; mov.u32 %r3, %cluster_ctarank; mad.lo.u32 %r3, %r3, {nbytes}, %r2;"
+        f"@%p0 mbarrier.arrive.expect_tx.shared.b64 _, [%r2], {2 * count * nbytes}; {meet}"
+        f"@!%p0 bra END; {copies} {WAIT.format(0, 0)} END: bar.warp.sync -1; {meet}"
+    )
+
+
+@pytest.mark.parametrize(("port_bytes", "each"), [(64, 2 * 8192 / 64), (1e9, 8192 / BLACKWELL.l2_bytes)])
+def test_a_multicast_enters_every_cta_that_it_reaches(port_bytes, each):
+    chip = replace(BLACKWELL, port_bytes=port_bytes)
+    few, many = (timed(multicasts(count, 8192), chip=chip, ctas=2).cycles for count in (2, 5))
+    assert many - few == pytest.approx(3 * each, abs=8)
 
 
 def test_copies_by_groups_are_waited_for():

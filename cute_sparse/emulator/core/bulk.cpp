@@ -82,6 +82,7 @@ void require_own_cta(Warp& warp, uint32_t address, const char* what, int lane) {
 
 void complete_targets(Cluster& cluster, const std::vector<SharedTarget>& targets, uint32_t bytes) {
   for (const SharedTarget& target : targets) {
+    if (cluster.trace) cluster.trace->amount(Note::Kind::received, bytes, rank_of(target.address));
     Clock clock;
     clock.know(target.stamp.actor, target.stamp.epoch);
     cluster.complete_tx(target.barrier, bytes, clock, nullptr);

@@ -354,7 +354,7 @@ struct Sm {  // one CTA's
   std::array<double, SCHEDULERS> tensor{}, tensor_memory{};  // wgmma runs in each sub-partition
   std::array<uint32_t, SCHEDULERS> turn{};
   double umma = 0;  // tcgen05 queue
-  double shared = 0, global = 0, tma_in = 0, tma_out = 0;
+  double shared = 0, global = 0, tma_in = 0, tma_out = 0, port = 0;
   double tma_busy = 0, shared_busy = 0, tensor_busy = 0;
 };
 
@@ -372,6 +372,7 @@ class Run {
     mma_macs_ = get("mma_macs");
     shared_bytes_ = get("shared_bytes");
     l2_bytes_ = get("l2_bytes");
+    port_bytes_ = get("port_bytes");
     arrive_latency_ = get("arrive_latency");
     barrier_latency_ = get("barrier_latency");
     commit_latency_ = get("commit_latency");
@@ -420,7 +421,7 @@ class Run {
   Costs costs_;
   bool keeps_events_;
   uint32_t window_ = 1, ctas_ = 0;
-  double mma_macs_, shared_bytes_, l2_bytes_, arrive_latency_, barrier_latency_, commit_latency_;
+  double mma_macs_, shared_bytes_, l2_bytes_, port_bytes_, arrive_latency_, barrier_latency_, commit_latency_;
   std::vector<WarpRun> warps_;
   std::vector<Sm> sms_;
   std::vector<std::vector<uint32_t>> by_scheduler_;
@@ -722,12 +723,21 @@ class Run {
     if (load) w.done[e.step] = done;
   }
 
+  // L2 serves a load once, at the pace of whoever asks; every CTA that it reaches takes all of it in.
   double load_bulk(WarpRun& w, Sm& sm, const Entry& e, double now) {
     const double bytes = amount(w, e, {Note::Kind::loaded, Note::Kind::global_read});
     const double begin = std::max(now, sm.tma_in), clocks = bytes / l2_bytes_;
     sm.tma_in = begin + clocks;
     sm.tma_busy += clocks;
-    const double done = sm.tma_in + get("tma_latency");
+    double there = sm.tma_in;
+    const auto [first, last] = notes_of(w, e.step);
+    for (const Note* note = first; note != last; ++note) {
+      if (note->kind != Note::Kind::received) continue;
+      double& port = sms_[note->phase].port;
+      port = std::max(now, port) + double(note->amount) / port_bytes_;
+      there = std::max(there, port);
+    }
+    const double done = there + get("tma_latency");
     if (e.cost->grouped) w.bulk_open.done = w.bulk_open.read = std::max(w.bulk_open.done, done);
     event(w.cta, "TMA loads", "load", now, done);
     return done;

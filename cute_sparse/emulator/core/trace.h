@@ -18,6 +18,7 @@ struct Note {
     wait,     // went on because `phase` of the barrier was complete
     sync,     // bar.sync, barrier.cluster.wait: both
     loaded, stored, shared_read, shared_written, global_read, global_written,  // bytes, in `amount`
+    received, // bytes of a load, in `amount`, that reached the shared memory of the CTA `phase`
     mma,      // tcgen05.mma: multiply-accumulates in `amount`, bytes of shared memory that it reads in `phase`
   } kind;
   uint64_t barrier = 0;  // see barrier_key
