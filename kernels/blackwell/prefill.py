@@ -268,8 +268,12 @@ class Prefill:
     waits for V of wanted tiles only, takes it after the next Q K^T; K of one tile more is fetched before a vote is
     waited for. Modelled like above, with one of 2, of 4 and hardly any of the tiles kept by both query tiles: 2282,
     1653 and 1024 (Q K^T alone: 1024); with V of every tile waited for before Q K^T: 2962, 2312 and 1661.
-      K and V by multicast to a cluster of two CTAs would gain no modelled time: with loads of unlimited rate the same
-    kernel took as long with all tiles kept, and with hardly any.
+      K by multicast to two CTAs, each with decisions of its own, was built and does not pay: L2 reads a quarter (all
+    kept) to 44 % (hardly any) less, but all of K still enters either SM, and a slot of K waits for both. Clocks for
+    128 keys at d256 with all, one of 2, of 4 and hardly any tiles kept, and half, at random for each CTA: alone 2048,
+    2048, 1771, 1377, 1949; with it 2048, 2048, 1771, 1378, 2035; 2.5 to 7 % more on structured input. Were an SM's
+    port twice as wide: 2048, 1920, 1602, 1246, 1918; with 48 bytes a clock from L2 instead of 64 (its port's width):
+    alone 2731, 2731, 2148, 1544, 2499, with it 2180, 2076, 1814, 1378, 2096. At d128 and 192/128 it gains nothing.
     """
 
     def __init__(self, problem: Problem, config: Config) -> None:
