@@ -17,7 +17,10 @@ ORDERS = ("eager", "late", "random")  # in which asynchronous work completes; se
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A cache of its own: tests must neither use nor fill the user's."""
+    """A cache of its own: tests must neither use nor fill the user's. And one thread for PyTorch: threads that wait
+    for each other cost these small tensors five times their work."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+    torch.set_num_threads(1)
     if "CUTE_SPARSE_CACHE_DIR" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="cute-sparse-tests-")
         config.add_cleanup(folder.cleanup)
