@@ -2,15 +2,16 @@
 
 Reads prefill.jsonl, decode.jsonl and host.jsonl of each folder (default: every one in profiling/results), as far as
 they are there, writes README.md beside them with the tables and, where matplotlib is installed, plots as PNG and SVG:
-prefill's rate against length, decode's bandwidth against bytes, speed-up against sparsity, roofline. The tables also
-go into this project's README.md, between the lines MARK_BEGIN and MARK_END where it has them. Of measurements of the
+prefill's rate against length, decode's bandwidth against bytes, speed-up against sparsity, roofline. All of it also
+goes into this project's README.md, between the lines MARK_BEGIN and MARK_END where it has them. Of measurements of the
 same thing the latest counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import math
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,8 +37,11 @@ class Measured:
     def __init__(self, all_rows: Iterable[Row], op: str = "prefill") -> None:
         self.op, self.known_cases, self.peers = op, OPS[op], PEERS_OF[op]
         self.latest: dict[tuple[str, str, str, str], Row] = {}
+        self.times: dict[tuple[str, str, str], dict[str, float]] = {}  # ms by the run, the earliest first
         for row in sorted(all_rows, key=lambda row: row.time):
             self.latest[row.case, row.mode, row.provider, row.metric] = row
+            if row.metric == "time":
+                self.times.setdefault((row.case, row.mode, row.provider), {})[row.time] = row.p50
         if not self.latest:
             raise ValueError("there are no rows to report")
         ops = sorted({row.op for row in self.latest.values()})
@@ -52,9 +56,14 @@ class Measured:
         row = self.latest.get((case, mode, provider, metric))
         return None if row is None else row.p50
 
-    def providers(self, mode_of: Iterable[str]) -> list[str]:
-        modes = set(mode_of)
-        present = {provider for _, mode, provider, metric in self.latest if mode in modes and metric == "time"}
+    def speed_up(self, case: str, over: tuple[str, str], of: tuple[str, str]) -> float | None:
+        """How many times as fast `of` is as `over`, each (mode, provider), in the latest run that timed both."""
+        slow, fast = (self.times.get((case, *which), {}) for which in (over, of))
+        runs = [run for run in fast if run in slow]
+        return slow[runs[-1]] / fast[runs[-1]] if runs else None
+
+    def providers(self, mode: str) -> list[str]:
+        present = {provider for _, row_mode, provider, metric in self.latest if row_mode == mode and metric == "time"}
         return [name for name in (OURS, *self.peers) if name in present]
 
     def cases(self, mode: str) -> list[str]:
@@ -93,48 +102,54 @@ def number(value: float | None, form: str) -> str:
 
 
 def dense_table(measured: Measured) -> str:
-    """TFLOP/s, or TB/s of decode: the best of a line in bold (a copy is a roof, no rival), and the clock it ran at."""
+    """TFLOP/s, or TB/s of decode: the best of a line in bold (a copy is a roof, no rival), and clock and power."""
     metric, form = ("bandwidth", ".2f") if measured.op == "decode" else ("rate", ".0f")
-    names = measured.providers(["dense"])
+    names = measured.providers("dense")
     lines = []
     for case in measured.cases("dense"):
         rates = {name: measured.value(case, "dense", name, metric) for name in names}
         best = max((rate for name, rate in rates.items() if rate is not None and name != decode.COPY), default=None)
         cells = [f"**{rate:{form}}**" if rate is not None and rate == best and name != decode.COPY else
                  number(rate, form) for name, rate in rates.items()]  # fmt: skip
-        clock = measured.value(case, "dense", "gpu", "sm_clock")
-        lines.append([case, *cells, number(measured.value(case, "dense", OURS, "time"), ".3f"), number(clock, ".0f")])
-    return table([rows.UNITS[metric], *names, f"{OURS}, ms", "SM clock, MHz"], lines)
+        state = [number(measured.value(case, "dense", "gpu", name), ".0f") for name in ("sm_clock", "power")]
+        lines.append([case, *cells, number(measured.value(case, "dense", OURS, "time"), ".3f"), *state])
+    return table([rows.UNITS[metric], *names, f"{OURS}, ms", "SM clock, MHz", "power, W"], lines)
+
+
+STRUCTURED = "structured, dense"
+FLEX = "flex"  # the peer that is also timed on the tiles that our kernel keeps
 
 
 def sparsity_table(measured: Measured, case: str) -> str:
-    """Times and speed-ups over our own dense kernel and over the fastest dense peer, in the same run."""
-    dense = measured.value(case, "structured, dense", OURS, "time")
+    """Times and speed-ups, each in one run: over our own dense kernel, over the fastest dense peer, and over
+    FlexAttention with a block mask of the same tiles."""
     peer = fastest_peer(measured, case)
-    head = ["wished", "skipped", "lambda", "ms", "of our dense", f"of {peer[0]}" if peer else "of a peer",
-            "error, same tiles", "error, all tiles"]  # fmt: skip
-    lines = [["dense", "0%", "", number(dense, ".3f"), "1.00", ratio(peer, dense), "", ""]]
-    for mode in measured.sparse_modes(case):
+    modes = measured.sparse_modes(case)
+    flex = any(measured.value(case, mode, FLEX, "time") for mode in modes)
+    head = ["wished", "skipped", "lambda", "ms", "of our dense", f"of {peer}" if peer else "of a peer"]
+    head += ["of flex, same tiles"] * flex + ["error, same tiles", "error, all tiles"]
+    lines = []
+    for mode in (STRUCTURED, *modes):
         def read(metric: str, mode: str = mode) -> float | None:
             return measured.value(case, mode, OURS, metric)
 
-        ms = read("time")
+        ours = (mode, OURS)
+        others = [(STRUCTURED, OURS), (STRUCTURED, peer), *[(mode, FLEX)] * flex]
         lines.append([
-            mode.split()[1], number(read("sparsity"), ".1%"), number(read("threshold"), ".2g"), number(ms, ".3f"),
-            number(dense / ms if ms and dense else None, ".2f"), ratio(peer, ms), number(read("error"), ".1e"),
-            number(read("error_dense"), ".1e"),
+            "dense" if mode == STRUCTURED else mode.split()[1],
+            "0%" if mode == STRUCTURED else number(read("sparsity"), ".1%"),
+            number(read("threshold"), ".2g"), number(read("time"), ".3f"),
+            *(number(measured.speed_up(case, other, ours), ".2f") for other in others),
+            number(read("error"), ".1e"), number(read("error_dense"), ".1e"),
         ])  # fmt: skip
     return table(head, lines)
 
 
-def fastest_peer(measured: Measured, case: str) -> tuple[str, float] | None:
-    times = {name: measured.value(case, "structured, dense", name, "time") for name in measured.peers
-             if name != decode.COPY}  # fmt: skip
-    return min(((name, ms) for name, ms in times.items() if ms is not None), key=lambda item: item[1], default=None)
-
-
-def ratio(peer: tuple[str, float] | None, ms: float | None) -> str:
-    return f"{peer[1] / ms:.2f}" if peer and ms else ""
+def fastest_peer(measured: Measured, case: str) -> str | None:
+    """That computes every tile; a copy computes none."""
+    speeds = {name: measured.speed_up(case, (STRUCTURED, OURS), (STRUCTURED, name)) for name in measured.peers
+              if name != decode.COPY}  # fmt: skip
+    return max((name for name, speed in speeds.items() if speed is not None), key=speeds.get, default=None)
 
 
 def host_table(measured: Measured) -> str:
@@ -160,7 +175,7 @@ def tables(measured: Measured) -> str:
         parts.append(host_table(measured))
     if measured.cases("dense"):
         parts += ["Dense, random input, BF16:", dense_table(measured)]
-    for case in measured.cases("structured, dense"):
+    for case in measured.cases(STRUCTURED):
         parts += [f"Skipping, structured input, `{case}`:", sparsity_table(measured, case)]
     return "\n\n".join(parts) + "\n"
 
@@ -184,7 +199,7 @@ def least_bytes(shape: Shape) -> int:
 
 
 def plots(measured: Measured, folder: Path) -> list[Path]:
-    """The files written. Raises ImportError without matplotlib."""
+    """The files written; the same for the same rows. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,98 +207,149 @@ def plots(measured: Measured, folder: Path) -> list[Path]:
 
     folder.mkdir(exist_ok=True)
     written = []
-    for name, draw in DRAWINGS[measured.op].items():
-        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-        if draw(measured, axes):
-            axes.grid(alpha=0.3)
-            axes.legend()
-            for ending in ("png", "svg"):
-                written.append(folder / f"{name}.{ending}")
-                figure.savefig(written[-1], dpi=150)
-        pyplot.close(figure)
+    settings = {"svg.hashsalt": "cute_sparse", "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": "small"}
+    with matplotlib.rc_context(settings):
+        for name, draw in DRAWINGS[measured.op].items():
+            figure = pyplot.figure(figsize=(9, 4.5), layout="constrained")
+            if draw(measured, figure):
+                for ending, metadata in (("png", {}), ("svg", {"Date": None})):
+                    written.append(folder / f"{name}.{ending}")
+                    figure.savefig(written[-1], dpi=150, metadata=metadata)
+            pyplot.close(figure)
     return written
 
 
-def draw_rates(measured: Measured, axes) -> bool:
-    """Head dim 128, by length; causal solid, full dashed."""
-    drawn = False
-    for mask, style in (("causal", "o-"), ("full", "s--")):
-        cases = [(CASES[name].seqlen, name) for name in measured.cases("dense")
-                 if name in CASES and name.startswith("d128-") and name.endswith(mask)]  # fmt: skip
-        for index, provider in enumerate(measured.providers(["dense"])):
-            points = [(seqlen, measured.value(name, "dense", provider, "rate")) for seqlen, name in sorted(cases)]
-            points = [point for point in points if point[1] is not None]
+NAMES = {OURS: "cute_sparse", "cudnn": "cuDNN", "flash": "PyTorch's flash", "fa4": "FlashAttention-4",
+         FLEX: "FlexAttention", "flashinfer": "FlashInfer", decode.COPY: "copy, the roof"}  # fmt: skip
+STYLES = {OURS: dict(color="C3", marker="o", linewidth=2.5, zorder=3), "cudnn": dict(color="C2", marker="s"),
+          "flash": dict(color="C4", marker="v"), "fa4": dict(color="C0", marker="D"),
+          FLEX: dict(color="C5", marker="^"), "flashinfer": dict(color="C2", marker="s"),
+          decode.COPY: dict(color="grey", marker="_", linestyle=":")}  # fmt: skip
+
+
+def _panels(measured: Measured, figure, titles: tuple[str, str], of_panel, x_of, metric: str) -> list:
+    """Two panels of rates over x_of(case), the cases of each those that of_panel(title, case) holds; medians, with
+    bars from the 20th to the 80th percentile. Cases of one x are joined in their middle. [] without a point."""
+    axes = figure.subplots(1, 2, sharey=True)
+    drawn: dict[str, object] = {}
+    for title, one in zip(titles, axes, strict=True):
+        one.set_title(title)
+        ticks = set()
+        for provider in measured.providers("dense"):
+            points: dict[float, list[Row]] = {}
+            for case in measured.cases("dense"):
+                row = measured.latest.get((case, "dense", provider, metric))
+                if row is not None and case in measured.known_cases and of_panel(title, case):
+                    points.setdefault(x_of(case), []).append(row)
+            for x, found in points.items():
+                for row in found:
+                    one.plot([x, x], [row.p20, row.p80], color=STYLES[provider]["color"], alpha=0.5, linewidth=4)
             if points:
-                axes.plot(*zip(*points, strict=True), style, color=f"C{index}", label=f"{provider}, {mask}")
+                line = sorted((x, sum(row.p50 for row in found) / len(found)) for x, found in points.items())
+                (drawn[provider],) = one.plot(*zip(*line, strict=True), **STYLES[provider])
+                ticks |= {2 ** math.floor(math.log2(x)) for x in points}
+        one.set_xscale("log", base=2)
+        one.set_xticks(sorted(ticks), [_short(x) for x in sorted(ticks)], fontsize="small")
+        one.minorticks_off()
+    axes[0].set_ylim(bottom=0)
+    figure.legend(drawn.values(), [NAMES[name] for name in drawn], loc="outside lower center", ncols=len(drawn) or 1)
+    return list(axes) if drawn else []
+
+
+def _short(count: float) -> str:
+    """2048 -> "2K"."""
+    for prefix, size in (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.3g}{prefix}"
+    return f"{count:g}"
+
+
+def draw_rates(measured: Measured, figure) -> bool:
+    """Head dim 128, by length."""
+    def of_panel(title: str, case: str) -> bool:
+        return case.startswith("d128-") and case.endswith("causal" if title == "causal" else "full")
+
+    axes = _panels(measured, figure, ("causal", "full"), of_panel, lambda case: CASES[case].seqlen, "rate")
+    for one in axes:
+        one.set(xlabel="sequence length", ylabel="TFLOP/s" if one is axes[0] else None)
+    figure.suptitle(f"{measured.gpu}: prefill, head dim 128, BF16, dense")
+    return bool(axes)
+
+
+def draw_bandwidth(measured: Measured, figure) -> bool:
+    """By the bytes of K and V."""
+    def of_panel(title: str, case: str) -> bool:
+        return bool(decode.CASES[case].page_size) == (title == "paged caches")
+
+    titles = ("contiguous caches", "paged caches")
+    axes = _panels(measured, figure, titles, of_panel, lambda case: decode.CASES[case].kv_bytes, "bandwidth")
+    for one in axes:
+        one.set(xlabel="bytes of K and V", ylabel="TB/s" if one is axes[0] else None)
+    figure.suptitle(f"{measured.gpu}: decode, head dim 128, BF16, dense")
+    return bool(axes)
+
+
+def draw_sparsity(measured: Measured, figure) -> bool:
+    """Every point in one run with what it is compared with."""
+    axes, drawn = figure.subplots(), False
+    for index, case in enumerate(measured.cases(STRUCTURED)):
+        peer, color = fastest_peer(measured, case), f"C{index}"
+        modes = measured.sparse_modes(case)
+        curves = [("over our dense", "o-", OURS, (STRUCTURED, OURS)),
+                  (f"over {NAMES.get(peer)}, dense", "D--", OURS, (STRUCTURED, peer)),
+                  ("FlexAttention on these tiles, over our dense", "^:", FLEX, (STRUCTURED, OURS))]  # fmt: skip
+        for label, style, provider, over in curves:
+            points = [(measured.value(case, mode, OURS, "sparsity"), measured.speed_up(case, over, (mode, provider)))
+                      for mode in modes]  # fmt: skip
+            points = sorted(point for point in points if None not in point)
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=color, label=f"{case}: {label}")
                 drawn = True
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="sequence length", ylabel="TFLOP/s", title=f"{measured.gpu}: head dim 128, BF16, dense")
+    shares = [share / 100 for share in range(0, 101)]
+    axes.plot(shares, [1 / (1 - share / CEILING) for share in shares], "-", color="grey", lw=1,
+              label="if the half that can be skipped were free")  # fmt: skip
+    axes.axhline(CEILING, color="black", lw=1)
+    axes.text(0, CEILING * 1.01, f"ceiling: {CEILING:g}, the other half always runs", va="bottom")
+    axes.set(xlabel="share of tiles skipped", ylabel="speed-up", xlim=(-0.02, 1.02))
+    axes.set_ylim(top=max(axes.get_ylim()[1], CEILING * 1.1))
+    axes.set_title(f"{measured.gpu}: {measured.op}, tiles skipped, structured input")
+    figure.legend(loc="outside lower center", ncols=2)
     return drawn
 
 
-def draw_bandwidth(measured: Measured, axes) -> bool:
-    """By the bytes of K and V; contiguous caches solid, paged ones dashed."""
-    drawn = False
-    for (index, provider), paged in itertools.product(enumerate(measured.providers(["dense"])), (False, True)):
-        points = []
-        for case in measured.cases("dense"):
-            shape, value = decode.CASES.get(case), measured.value(case, "dense", provider, "bandwidth")
-            if shape is not None and value is not None and bool(shape.page_size) == paged:
-                points.append((shape.kv_bytes, value))
-        if points:
-            label = f"{provider}{', paged' if paged else ''}"
-            axes.plot(*zip(*sorted(points), strict=True), "s--" if paged else "o-", color=f"C{index}", label=label)
-            drawn = True
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="bytes of K and V", ylabel="TB/s", title=f"{measured.gpu}: decode, BF16, dense")
-    return drawn
-
-
-def draw_sparsity(measured: Measured, axes) -> bool:
-    drawn = False
-    for index, case in enumerate(measured.cases("structured, dense")):
-        dense = measured.value(case, "structured, dense", OURS, "time")
-        peer = fastest_peer(measured, case)
-        points = [
-            (measured.value(case, mode, OURS, "sparsity"), measured.value(case, mode, OURS, "time"))
-            for mode in measured.sparse_modes(case)
-        ]
-        points = sorted(point for point in points if None not in point)
-        if not points or dense is None:
-            continue
-        drawn = True
-        shares = [share for share, _ in points]
-        axes.plot(shares, [dense / ms for _, ms in points], "o-", color=f"C{index}", label=f"{case}, of our dense")
-        if peer:
-            label = f"{case}, of {peer[0]} dense"
-            axes.plot(shares, [peer[1] / ms for _, ms in points], "s--", color=f"C{index}", label=label)
-    line = [share / 100 for share in range(0, 101)]
-    axes.plot(line, [1 / (1 - share / CEILING) for share in line], ":", color="grey", label="P V free where skipped")
-    axes.axhline(CEILING, color="grey", lw=1)
-    axes.set(xlabel="share of tiles skipped", ylabel="speed-up", title=f"{measured.gpu}: skipping, structured input")
-    return drawn
-
-
-def draw_roofline(measured: Measured, axes) -> bool:
-    drawn = False
-    for index, provider in enumerate(measured.providers(["dense"])):
+def draw_roofline(measured: Measured, figure) -> bool:
+    axes, drawn = figure.subplots(), False
+    for provider in measured.providers("dense"):
         points = []
         for case in measured.cases("dense"):
             rate = measured.value(case, "dense", provider, "rate")
             if rate is not None and case in CASES:
                 points.append((flops(CASES[case]) / least_bytes(CASES[case]), rate))
         if points:
-            axes.plot(*zip(*sorted(points), strict=True), "o", color=f"C{index}", label=provider)
+            style = STYLES[provider] | {"linestyle": "none", "alpha": 0.8}
+            axes.plot(*zip(*points, strict=True), label=NAMES[provider], **style)
             drawn = True
     if measured.gpu in ROOFS:
         terabytes, teraflops = ROOFS[measured.gpu]
-        intensities = [10 ** (exponent / 20) for exponent in range(20, 100)]
-        roof = [min(teraflops, terabytes * intensity) for intensity in intensities]
-        axes.plot(intensities, roof, color="grey", label="measured copy and matrix product")
+        ridge = teraflops / terabytes
+        axes.plot([ridge / 8, ridge, 1e5], [teraflops / 8, teraflops, teraflops], color="black", lw=1)
+        axes.text(ridge / 4, teraflops / 4, f" copy, {terabytes} TB/s", va="top")
+        axes.text(1e5, teraflops * 1.02, f"BF16 matrix product, {teraflops:g} TFLOP/s", va="bottom", ha="right")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set(xlabel="FLOP per byte of Q, K, V and output", ylabel="TFLOP/s", title=f"{measured.gpu}: dense, BF16")
+    axes.yaxis.set_major_locator(_plain_ticks())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.set(xlabel="FLOP per byte of Q, K, V and output", ylabel="TFLOP/s")
+    axes.set_title(f"{measured.gpu}: prefill, BF16, dense: all cases of the table")
+    axes.legend(loc="lower right")
     return drawn
+
+
+def _plain_ticks():
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1, 2, 5))
 
 
 DRAWINGS = {
@@ -297,7 +363,10 @@ DRAWINGS = {
 
 
 def report(folder: Path) -> str:
-    """Writes a folder's README.md and plots; the tables. Raises FileNotFoundError where it has no rows."""
+    """Writes a folder's README.md and plots; returns its content for this project's README.md.
+
+    Raises FileNotFoundError where the folder has no rows.
+    """
     files = {op: folder / f"{op}.jsonl" for op in OPS}
     present = [op for op, path in files.items() if path.exists() and path.stat().st_size]
     if not present:
@@ -309,9 +378,14 @@ def report(folder: Path) -> str:
         pictures = [picture for one in measured for picture in plots(one, folder / "plots")]
     except ImportError:
         print("no plots: pip install matplotlib", file=sys.stderr)
-    images = "".join(f"\n![{path.stem}](plots/{path.name})\n" for path in pictures if path.suffix == ".svg")
-    (folder / "README.md").write_text(content + images)
-    return content
+    (folder / "README.md").write_text(content + _shown(pictures, folder))
+    return content + _shown(pictures, README.parent)
+
+
+def _shown(pictures: list[Path], reader: Path) -> str:
+    """Lines of Markdown that show them to who reads a file in the folder `reader`."""
+    paths = [path for path in pictures if path.suffix == ".svg"]
+    return "".join(f"\n![{path.stem}]({Path(os.path.relpath(path, reader)).as_posix()})\n" for path in paths)
 
 
 def main(arguments: list[str] | None = None) -> int:

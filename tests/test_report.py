@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
 from profiling import bench, report, rows
+from profiling.bench import OURS
 from profiling.peers import Shape
 
 ORIGIN = rows.Origin("NVIDIA H200", "580.1", "2.13", "4.8.1", "abc", "2026-01-01T00:00:00+00:00")
 LATER = rows.Origin("NVIDIA H200", "580.1", "2.13", "4.8.1", "abd", "2026-01-02T00:00:00+00:00")
 LONG = "d128-64k-causal"
-
-
 PAGED = "b8-32k-32q8kv-pages"
 
 
@@ -44,8 +44,8 @@ def made_up() -> list[rows.Row]:
         for provider, rate in (("fa4", fa4), ("cute_sparse", ours)):
             found.append(row(provider, case, "dense", "rate", rate))
             found.append(row(provider, case, "dense", "time", bench.flops(bench.CASES[case]) / rate / 1e9))
-        found.append(row("gpu", case, "dense", "sm_clock", 1755.0))
-    found += [row("cute_sparse", LONG, "structured, dense", "time", 60.0), row("fa4", LONG, "structured, dense", "time",
+        found += [row("gpu", case, "dense", "sm_clock", 1755.0), row("gpu", case, "dense", "power", 690.0)]
+    found += [row(OURS, LONG, "structured, dense", "time", 60.0), row("fa4", LONG, "structured, dense", "time",
                                                                                66.0)]  # fmt: skip
     for wished, share, threshold, ms in ((0.75, 0.748, 0.01, 40.0), (0, 0.0, 1e-30, 60.5)):
         mode = f"sparsity {wished:g}"
@@ -56,9 +56,9 @@ def made_up() -> list[rows.Row]:
 
 def test_the_dense_table_has_the_cases_in_order_and_the_best_in_bold():
     lines = report.dense_table(report.Measured(made_up())).splitlines()
-    assert lines[0] == "| TFLOP/s | cute_sparse | fa4 | cute_sparse, ms | SM clock, MHz |"
+    assert lines[0] == "| TFLOP/s | cute_sparse | fa4 | cute_sparse, ms | SM clock, MHz | power, W |"
     assert lines[2].startswith("| d128-2k-causal | 500 | **522** | 0.")
-    assert lines[3].startswith("| d128-8k-causal | **700** | 675 |") and lines[3].endswith("| 1755 |")
+    assert lines[3].startswith("| d128-8k-causal | **700** | 675 |") and lines[3].endswith("| 1755 | 690 |")
     assert len(lines) == 4
 
 
@@ -68,6 +68,20 @@ def test_the_sparsity_table_has_both_speed_ups():
     assert lines[2] == "| dense | 0% |  | 60.000 | 1.00 | 1.10 |  |  |"
     assert lines[3] == "| 0 | 0.0% | 1e-30 | 60.500 | 0.99 | 1.09 | 2.0e-03 | 3.0e-03 |"
     assert lines[4] == "| 0.75 | 74.8% | 0.01 | 40.000 | 1.50 | 1.65 | 2.0e-03 | 3.0e-03 |"
+
+
+def test_a_speed_up_is_of_one_run():
+    """The second run timed our kernel and FlexAttention alone, on a GPU that was slower by then."""
+    later = [
+        row(provider, LONG, mode, "time", ms, LATER)
+        for provider, mode, ms in (
+            (OURS, "structured, dense", 80.0), (OURS, "sparsity 0.75", 50.0), ("flex", "sparsity 0.75", 100.0)
+        )
+    ]  # fmt: skip
+    lines = report.sparsity_table(report.Measured([*made_up(), *later]), LONG).splitlines()
+    assert "| ms | of our dense | of fa4 | of flex, same tiles |" in lines[0]
+    assert lines[2].startswith("| dense | 0% |  | 80.000 | 1.00 | 1.10 |  |")
+    assert lines[4].startswith("| 0.75 | 74.8% | 0.01 | 50.000 | 1.60 | 1.65 | 2.00 |")
 
 
 def test_the_latest_of_a_measurement_counts_in_whatever_order_they_come():
@@ -148,11 +162,16 @@ def test_plots_are_written_as_png_and_svg(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     write(tmp_path, made_up())
     write(tmp_path, made_up_decode(), "decode")
-    report.report(tmp_path)
+    for_the_project = report.report(tmp_path)
     drawn = ("rate", "sparsity", "roofline", "decode-bandwidth", "decode-sparsity")
     names = {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")}
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == names
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    assert pictures.keys() == names
     assert "(plots/rate.svg)" in (tmp_path / "README.md").read_text()
+    (shown,) = re.findall(r"\((.*rate\.svg)\)", for_the_project)
+    assert (report.README.parent / shown).resolve() == (tmp_path / "plots" / "rate.svg").resolve()
+    report.report(tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()} == pictures
 
 
 def test_rows_of_another_schema_and_missing_ones_are_errors(tmp_path, capsys, monkeypatch):
