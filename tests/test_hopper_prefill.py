@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
 import cute_sparse
+from cute_sparse import reference
+from cute_sparse.calls import Stats
 from cute_sparse.problem import Problem
 from tests.cases import CASES, Case, make_inputs
 from tests.conftest import ORDERS
@@ -130,26 +133,43 @@ def test_v_of_tiles_that_every_warpgroup_skips_is_not_loaded(configured):
     assert torch.equal(got.out, same.out) and torch.equal(got.stats.skip_map, same.stats.skip_map)
     v_bytes = got.stats.geometry.tile_n * case.head_dim_v * 2
     not_loaded, rest = divmod(loaded.tma_bytes_loaded - held.tma_bytes_loaded, v_bytes)
-    assert rest == 0 and not_loaded == tiles_held_back(got.stats.skip_map, case)
+    assert rest == 0 and not_loaded == tiles_held_back(got.stats, case)
 
 
-def tiles_held_back(skip_map: torch.Tensor, case: Case) -> int:
+def tiles_held_back(stats: Stats, case: Case) -> int:
     """How many tiles a CTA skips whole, after as many in a row that it skipped whole."""
     after = hopper_config.HOLD_V_AFTER
-    groups_per_cta = 2
+    cta = replace(stats.geometry, tile_m=stats.geometry.cta_m)
+    (seqlen_q,), (seqlen_k,) = case.lengths_q, case.lengths_k
+    walks = reference.tile_walks(cta, seqlen_q, seqlen_k, seqlen_k, 0 if case.causal else seqlen_q)
     count = 0
-    for head in skip_map.flatten(0, 1):
-        for groups in head.split(groups_per_cta):
-            visited = [bool(column.any()) for column in groups.T]
-            skipped = [bool((column == 2).all()) for column, seen in zip(groups.T, visited, strict=True) if seen]
-            skipped.reverse()  # tiles are visited from the last
-            count += sum(all(skipped[i - after : i + 1]) for i in range(after + 1, len(skipped)))
+    for head in stats.skip_map.flatten(0, 1):
+        for groups, walk in zip(head.split(cta.tile_m // cta.tile_rows), walks, strict=True):
+            skipped = (groups != reference.KEPT).all(dim=0)[list(itertools.chain(*walk))]
+            count += sum(bool(skipped[i - after : i + 1].all()) for i in range(after + 1, len(skipped)))
     return count
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_of_the_tiles_that_all_rows_see_whole_the_first_is_visited_first(causal, configured):
+    """Every query likes keys the better the further to the left they are: from the right, each tile is a new best."""
+    tile_n, cta_rows = 96, 128
+    configured(tile_n=tile_n, warpgroups=2, own_ranges=causal)
+    case = Case(lengths_q=(300,), lengths_k=(400,), heads_q=1, threshold=0.01, causal=causal)
+    inputs = make_inputs(case)
+    inputs.q.fill_(1.0)
+    inputs.k[:] = (60.0 - 12.0 * (torch.arange(400) // tile_n))[:, None, None] / case.scale / case.head_dim
+    with cute_sparse.emulated(ARCH):
+        kept = call(case, inputs, return_stats=True).stats.skip_map[0, 0] == reference.KEPT
+    for group, tiles in enumerate(kept):
+        first_row = group * 64 // cta_rows * cta_rows
+        whole = (first_row + 1 + 400 - 300 if causal else 400) // tile_n
+        assert tiles[:whole].tolist() == [True] + [False] * (whole - 1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_at_nothing_skipped_the_work_is_that_of_the_dense_kernel(causal, configured):
-    configured(tile_n=128, out_aliases_q=False)
+    configured(tile_n=128, out_aliases_q=False, first_early=False)
     dense = Case(lengths_q=(512,), lengths_k=(512,), causal=causal)
     _, dense_counts = run_counted(dense)
     _, sparse_counts = run_counted(replace(dense, threshold=1e-30))

@@ -21,6 +21,13 @@ class TileRange(NamedTuple):
     end: Any
 
 
+def first_early(n_block, whole_end):
+    """What to visit in the place of tile `n_block`, counted down from the last one, so that the first tile comes before
+    the others of [0, whole_end): 0, whole_end - 1, .., 1. It holds the attention sinks (`problem.TileGeometry`)."""
+    early = cutlass.select_(n_block == whole_end - 1, 0, n_block + 1)
+    return cutlass.select_(n_block < whole_end, early, n_block)
+
+
 class KeyRange(NamedTuple):
     """The keys [begin, end)."""
 

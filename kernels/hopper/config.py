@@ -63,6 +63,7 @@ class Config:
                 voted to keep its tile; 0: V is always loaded. Needs three K slots and two V slots
                 (see `prefill.HopperPrefill`)
     own_ranges  each warpgroup visits the KV tiles that its own rows see, not all that the CTA's do
+    first_early  the first KV tile is visited before all others that the CTA's rows see whole (`mask.first_early`)
     """
 
     warpgroups: int
@@ -74,6 +75,7 @@ class Config:
     ctas: int = DYNAMIC_CTAS
     hold_v_after: int = 0
     own_ranges: bool = False
+    first_early: bool = False
 
     def __post_init__(self) -> None:
         if self.hold_v_after and (self.k_stages < 3 or self.v_stages != 2):
@@ -87,7 +89,8 @@ class Config:
     @property
     def geometry(self) -> TileGeometry:
         rows = WARPGROUP_ROWS if self.own_ranges else self.tile_m
-        return TileGeometry(rows, WARPGROUP_ROWS, self.tile_n, order="descending")
+        order = "first_early" if self.first_early else "descending"
+        return TileGeometry(rows, WARPGROUP_ROWS, self.tile_n, order, cta_m=self.tile_m)
 
     @property
     def threads(self) -> int:
@@ -125,11 +128,12 @@ def candidates(problem: Problem) -> list[Config]:
     widest = TILE_N_MAX if problem.mask == "full" and not problem.sparsity else BOUNDED_TILE_N_MAX
     if padded(problem.head_dim_v) > 192:
         widest = WIDE_HEAD_TILE_N_MAX
+    first_early = problem.sparsity is not None and problem.mask != "band"
     found = []
     for warpgroups in REGISTERS:
         narrowest = BAND_MIN_TILE_N if problem.mask == "band" else MIN_TILE_N[warpgroups]
         for tile_n in range(widest, narrowest - 1, -16):
-            tiles = Config(warpgroups, tile_n)
+            tiles = Config(warpgroups, tile_n, first_early=first_early)
             tiles = replace(tiles, own_ranges=_ranges_differ(problem, tiles))
             rooms = [replace(tiles, out_aliases_q=shares) for shares in (False, True)]
             if problem.sparsity:

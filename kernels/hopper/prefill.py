@@ -3,10 +3,9 @@
     out = softmax(softmax_scale * Q K^T + mask) V,   lse = ln(sum(exp(softmax_scale * Q K^T + mask)))
 
 Q (batch, seqlen_q, heads_q, head_dim), K (batch, seqlen_k, heads_kv, head_dim), V (.., head_dim_v), or packed
-(tokens, heads, head_dim); out like Q with head_dim_v. Online softmax over KV tiles, from the last visible one to
-the first, in FlashAttention-3's pipeline (arXiv 2407.08608: P V of a tile is issued beside Q K^T of the next)
-with BLASST's rule (arXiv 2512.12087): a tile is skipped if in each of a warpgroup's 64 rows
-tile_max < row_max + ln(lambda).
+(tokens, heads, head_dim); out like Q with head_dim_v. Online softmax over KV tiles, from the last visible one down,
+in FlashAttention-3's pipeline (arXiv 2407.08608: P V of a tile is issued beside Q K^T of the next) with BLASST's
+rule (arXiv 2512.12087): a tile is skipped if in each of a warpgroup's 64 rows tile_max < row_max + ln(lambda).
 """
 
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ from cute_sparse.device.bundles import (
     prefill_operands,
 )
 from cute_sparse.device.events import span
-from cute_sparse.device.mask import Band, TileRange
+from cute_sparse.device.mask import Band, TileRange, first_early
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
 from cute_sparse.device.schedule import SLOT_WORDS, DynamicTiles, OneTile, TileOrder, WorkTile, heads_in_cache
 from cute_sparse.device.softmax import OnlineSoftmax
@@ -184,6 +183,10 @@ class HopperPrefill:
     Ranges of their own.  Where the edges of a mask give the warpgroups of a CTA different KV tiles, each passes by
     those that only the others see (`_pass_by`): it takes and passes its turn, votes against the tile, releases it, and
     multiplies nothing. The CTA loads what any of them sees.
+
+    Order.  Dense kernels visit the KV tiles from the last one to the first. Where `first_early`, the first one comes
+    before all others that every row of the CTA sees whole. Consumers count down either way: only tiles that they would
+    mask tell them apart, and those keep their places. So only what is loaded, and recorded, follows the order.
 
     Skipping.  The vote is one `barrier.cta.red` over the warpgroup's 128 threads, right after the thread-local maxima
     and before any exponential. A skipped tile leaves P, the sums and O as they were and clears `p_pending`, which
@@ -376,6 +379,12 @@ class HopperPrefill:
         begin, end = band.visited(tile.m_block * self.tile_m, self.tile_m)
         return Work(tile, span_q, span_k, band, begin, end)
 
+    def _in_order(self, work: Work, n_block):
+        """The tile that is loaded in the place of `n_block`, counted down from the last one."""
+        if not self.config.first_early:
+            return n_block
+        return first_early(n_block, work.band.whole(work.tile.m_block * self.tile_m, self.tile_m).end)
+
     # ---- producer
 
     @cute.jit
@@ -422,7 +431,8 @@ class HopperPrefill:
         for i in cutlass.range(tiles + self.k_lead, unroll=1):
             if i < tiles:
                 with span("load K"):
-                    k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, work.end - 1 - i)
+                    n_block = self._in_order(work, work.end - 1 - i)
+                    k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, n_block)
             if i >= self.k_lead:
                 nth = i - self.k_lead
                 with span("load V"):
@@ -432,7 +442,8 @@ class HopperPrefill:
                         wanted, skipped_in_a_row = self._v_is_wanted(shared, nth, vote, skipped_in_a_row)
                         vote = shared.vote_ring.advanced(vote)
                     if wanted:
-                        _load(shared.v_ring, v, self.v_bytes, operands.v.atom, tVgV, tVsV, work.end - 1 - nth)
+                        n_block = self._in_order(work, work.end - 1 - nth)
+                        _load(shared.v_ring, v, self.v_bytes, operands.v.atom, tVgV, tVsV, n_block)
                     else:
                         shared.v_ring.expect(v, 0)
                 v = shared.v_ring.advanced(v)
@@ -790,7 +801,8 @@ class HopperPrefill:
             if thread.index == 0 and first_row < work.span_q.length:
                 decision = cutlass.select_(keeps, Int32(SKIP_MAP_KEPT), Int32(SKIP_MAP_SKIPPED))
                 tile, group = work.tile, first_row // WARPGROUP_ROWS
-                operands.stats.skip_map[tile.batch_idx, tile.head_idx, group, n_block] = cutlass.Uint8(decision)
+                tile_of_keys = self._in_order(work, n_block)
+                operands.stats.skip_map[tile.batch_idx, tile.head_idx, group, tile_of_keys] = cutlass.Uint8(decision)
 
     @cute.jit
     def _count(self, consumer: Consumer, kept):
@@ -862,9 +874,12 @@ def _load(ring: Ring, slot: Cursor, tx_bytes: int, atom: cute.CopyAtom, source, 
 def compile(problem: Problem, config: Config | None = None):
     """Compile the host function of `HopperPrefill` for sm_90a: callable with the operands of PREFILL, then a stream.
 
-    Raises ValueError for a config that needs more shared memory than an SM has.
+    Raises ValueError for a config that needs more shared memory than an SM has, or visits the first tile early of a
+    band, which has tiles at its left that not all rows see whole.
     """
     config = config or choose(problem)
+    if config.first_early and problem.mask == "band":
+        raise ValueError(f"{config.first_early=} is for the masks full and causal, not for {problem.mask=}")
     needed = shared_bytes(problem, config)
     if needed > SHARED_BYTES:
         raise ValueError(f"{config} needs {needed} bytes of shared memory for {problem}; a CTA has {SHARED_BYTES}")
