@@ -60,12 +60,15 @@ class Compiled:
 
     @property
     def name(self) -> str:
-        p = self.problem
-        dims = f"d{p.head_dim}" if p.head_dim == p.head_dim_v else f"d{p.head_dim}/{p.head_dim_v}"
-        extras = [f"page{p.page_size}"] if p.page_size else []
-        names = ("varlen", "softcap", "sink", "return_lse", "return_stats", "share_max")
-        extras += [name for name in names if getattr(p, name)]
-        return " ".join([self.arch, p.kind, dims, p.dtype, p.mask, p.sparsity or "dense", *extras])
+        return name_of(self.arch, self.problem)
+
+
+def name_of(arch: str, problem: Problem) -> str:
+    dims = f"d{problem.head_dim}" + (f"/{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else "")
+    extras = [f"page{problem.page_size}"] if problem.page_size else []
+    flags = ("varlen", "softcap", "sink", "return_lse", "return_stats", "share_max")
+    extras += [name for name in flags if getattr(problem, name)]
+    return " ".join([arch, problem.kind, dims, problem.dtype, problem.mask, problem.sparsity or "dense", *extras])
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ from cute_sparse.emulator.timing import Estimate
 from profiling.bench import CASES, OURS, TABLES, flops
 from profiling.peers import Missing, Shape
 
-ARCHES = ("sm_90a", "sm_100a")  # whose published figures the model is calibrated with
+ARCHES = tuple(chips.DEFAULT_CHIP)
 BLOCK = 512  # query tokens of a piece; a multiple of every kernel's work tile
 BLOCK_192 = 768  # the same where a work tile has 192 rows
 KEYS = (512, 1152, 2048)  # of the pieces: no multiples of 256, so that a tile of 128 is told from one of 256
@@ -95,6 +95,7 @@ class Fitted:
 
 
 FITTED = {"sm_90a": Fitted(1.55, 1.25, 20, 6), "sm_100a": Fitted(1.65, 1.2, 80, 20)}
+FITTED["sm_103a"] = FITTED["sm_100a"]  # nothing of B300 is published: its clock is taken for B200's
 
 # ---- Pieces: what is emulated --------------------------------------------------------------------------------------
 
@@ -342,6 +343,7 @@ def _bytes(shape: Shape) -> int:
 
 # ---- Commands ------------------------------------------------------------------------------------------------------
 
+REASON_COLUMNS = 160
 WARNING = "MODELLED, for comparisons on one chip only: nothing below was measured on a GPU."
 
 
@@ -370,7 +372,8 @@ def prefill(arch: str, cases: dict[str, Shape], peers: list[str], roles: bool) -
             print(text, flush=True)
         except (Missing, NotImplementedError, emulator.EmulatorError) as error:
             failed = 1
-            print(f"{name:22} not modelled: {str(error).splitlines()[0]}", flush=True)
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            print(f"{name:22} not modelled: {reason[:REASON_COLUMNS]}", flush=True)
     if roles:
         for provider in [OURS, *peers]:
             for kind in dict.fromkeys(Kind.of(shape) for shape in cases.values()):
@@ -454,12 +457,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.arch not in ARCHES:
         parser.error(f"--arch {options.arch} is not modelled; these are: {', '.join(ARCHES)}")
     if options.command == "calibrate":
+        if options.arch not in PUBLISHED:
+            parser.error(f"nothing is published of {options.arch} to compare with; there is of: {', '.join(PUBLISHED)}")
         return calibrate(options.arch)
     peers = [name for name in options.peers.split(",") if name]
     for name in peers:
         if name not in PROVIDERS or name == OURS:
             parser.error(f"--peers {name} is not modelled; these are: {', '.join(p for p in PROVIDERS if p != OURS)}")
-    published = TABLES | {name: MODEL_CASES[name] for name in PUBLISHED[options.arch]}
+    published = TABLES | {name: MODEL_CASES[name] for name in PUBLISHED.get(options.arch, ())}
     for name in options.case or ():
         if name not in MODEL_CASES:
             parser.error(f"--case {name} is unknown; these are known: {', '.join(MODEL_CASES)}")

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from profiling import kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 DIFF_LINES = 12
 
@@ -68,7 +70,7 @@ def dump(tree: Path, match: str, arches: list[str]) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m profiling.ptx_diff", description=__doc__.split("\n")[0])
     parser.add_argument("revision")
-    parser.add_argument("--arch", action="append", default=[])
+    parser.add_argument("--arch", choices=kernels.ARCHES, action="append", default=[], help="default: all")
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -82,6 +84,8 @@ def main() -> int:
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(before_tree)], cwd=ROOT, check=True)
     after = dump(ROOT, options.match, options.arch)
+    if not before.keys() | after.keys():
+        parser.error(f"--match {options.match!r}: no kernel's name contains it")
     changed = 0
     for name in sorted(before.keys() | after.keys()):
         if name not in before or name not in after:

@@ -197,23 +197,25 @@ def main() -> int:
     options = parser.parse_args()
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
+    chosen = [
+        (arch, problem) for arch in options.arch or kernels.ARCHES for problem in kernels.problems(arch)
+        if options.match in kernels.name_of(arch, problem)
+    ]  # fmt: skip
+    if not chosen:
+        parser.error(f"--match {options.match!r}: no kernel's name contains it")
     columns = [name for name in Audit.__annotations__ if name not in ("name", "config")]
     print(f"{'kernel':60}", *(f"{name.replace('_', ' ')[:14]:>14}" for name in columns))
     bad = 0
-    for arch in options.arch or kernels.ARCHES:
-        for problem in kernels.problems(arch):
-            label = kernels.Compiled(arch, problem, None, 0, "", b"").name
-            if options.match not in label:
-                continue
-            kernel = kernels.compile_kernel(problem, arch)
-            row = audit(kernel)
-            values = asdict(row)
-            print(f"{row.name:60}", *(f"{values[name]:>14}" for name in columns), *row.faults, flush=True)
-            bad += bool(row.faults)
-            if options.out:
-                stem = options.out / label.replace(" ", "_").replace("/", "-")
-                stem.with_suffix(".sass").write_text(disassemble(kernel.cubin))
-                stem.with_suffix(".ptx").write_text(kernel.ptx)
+    for arch, problem in chosen:
+        kernel = kernels.compile_kernel(problem, arch)
+        row = audit(kernel)
+        values = asdict(row)
+        print(f"{row.name:60}", *(f"{values[name]:>14}" for name in columns), *row.faults, flush=True)
+        bad += bool(row.faults)
+        if options.out:
+            stem = options.out / row.name.replace(" ", "_").replace("/", "-")
+            stem.with_suffix(".sass").write_text(disassemble(kernel.cubin))
+            stem.with_suffix(".ptx").write_text(kernel.ptx)
     return 1 if bad else 0
 
 

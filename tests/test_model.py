@@ -94,7 +94,7 @@ def test_ranks_and_their_correlation():
 # ---- Real kernels --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", model.ARCHES)
+@pytest.mark.parametrize("arch", model.PUBLISHED)
 def test_our_kernel_lies_between_a_third_of_the_chips_peak_and_all_of_it(arch):
     """The longest piece cannot be faster than the tensor core, whose work is known exactly."""
     kind = Kind(64, 64, 1, causal=False, window_left=None)
@@ -142,8 +142,9 @@ def test_flash_attention_4_is_modelled_as_published(published, monkeypatch, caps
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["prefill", "--arch", "sm_80"], "sm_90a, sm_100a"),
+        (["prefill", "--arch", "sm_80"], "sm_90a, sm_100a, sm_103a"),
         (["calibrate", "--arch", "h100"], "sm_90a, sm_100a"),
+        (["calibrate", "--arch", "sm_103a"], "nothing is published of sm_103a"),
         (["prefill", "--arch", "sm_90a", "--peers", "cudnn"], "fa4"),
         (["prefill", "--arch", "sm_90a", "--peers", "fa4,cute_sparse"], "cute_sparse is not modelled"),
         (["prefill", "--arch", "sm_90a", "--case", "d999"], "d128-2k-causal"),
