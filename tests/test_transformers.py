@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -135,13 +137,15 @@ def test_a_model_with_sinks_and_windows_agrees_with_the_stock_one():
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    stock = transformers.GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
+    # A model keeps the config it is given, and the choice of attention in it: each has its own.
+    stock = transformers.GptOssForCausalLM._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     for layer in stock.model.layers:
         layer.self_attn.sinks.data.normal_(1.0, 2.0)
     integration.register()
     ours = transformers.GptOssForCausalLM._from_config(config, attn_implementation=integration.NAME).eval()
     ours.load_state_dict(stock.state_dict())
     tokens = torch.arange(40)[None] % 50
+    assert stock.config._attn_implementation == "eager" and ours.config._attn_implementation == integration.NAME
     with torch.no_grad():
         expected, got = stock(tokens).logits, ours(tokens).logits
         for layer in ours.model.layers:
