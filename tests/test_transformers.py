@@ -120,13 +120,36 @@ def test_a_threshold_may_follow_the_length(tokens):
     assert (both[1] * one[0]).sum() > 0.99999
 
 
+def attend(q, k, v, mask, **options):
+    integration.register()
+    return transformers.AttentionInterface()[integration.NAME](torch.nn.Linear(1, 1), q, k, v, mask, **options)[0]
+
+
+@pytest.mark.parametrize("seqlen_q", [3, 9])
+def test_a_mask_of_keys_is_none_of_the_queries_in_cross_attention(seqlen_q):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, seqlen_q, 16, generator=generator)
+    k, v = (torch.randn(2, 2, 9, 16, generator=generator) for _ in "kv")
+    mask = torch.arange(9) < torch.tensor([[5], [9]])
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None]).transpose(1, 2)
+    torch.testing.assert_close(attend(q, k, v, mask, is_causal=False), expected, rtol=0, atol=2e-3)
+
+
+def test_gaps_in_a_mask_are_refused_where_there_is_a_window():
+    """Packed, its tokens would be nearer to each other than they are."""
+    q = torch.randn(2, 2, 6, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 1]]).bool()
+    attend(q, q, q, mask, is_causal=True)
+    attend(q[:1], q[:1], q[:1], mask[:1], is_causal=True, sliding_window=2)
+    with pytest.raises(NotImplementedError, match="gaps"):
+        attend(q, q, q, mask, is_causal=True, sliding_window=2)
+
+
 @pytest.mark.parametrize("name", integration.UNSUPPORTED_OPTIONS)
 def test_options_that_would_change_the_result_are_refused(name):
-    integration.register()
     q = torch.zeros(1, 2, 4, 16)
-    attend = transformers.AttentionInterface()[integration.NAME]
     with pytest.raises(NotImplementedError, match=f"{name} of Linear"):
-        attend(torch.nn.Linear(1, 1), q, q, q, None, is_causal=True, **{name: torch.zeros(1)})
+        attend(q, q, q, None, is_causal=True, **{name: torch.zeros(1)})
 
 
 def test_a_model_with_sinks_and_windows_agrees_with_the_stock_one():

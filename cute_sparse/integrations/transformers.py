@@ -131,14 +131,20 @@ def _of(threshold, keys: int | torch.Tensor) -> Threshold:
 
 
 def _attend_unpadded(query, key, value, mask, threshold, arguments):
-    """mask bool (batch, seqlen_k). Padding rows of the result are 0."""
+    """mask bool (batch, seqlen_k). Of causal attention, padding rows of the result are 0; otherwise every query is
+    computed, because it may be a token of another sequence (cross-attention), of which the mask does not tell."""
     batch, seqlen_q, heads_q, _ = query.shape
     if mask.shape != key.shape[:2]:
         raise NotImplementedError(
             f"an attention mask of shape {tuple(mask.shape)} is not supported; supported is (batch, seqlen_k) = "
             f"{tuple(key.shape[:2])}"
         )
-    q_mask = mask[:, -seqlen_q:]  # queries are the last tokens
+    if arguments["window_size"] != (None, None) and not _is_one_run(mask):
+        raise NotImplementedError(
+            "an attention mask with gaps between the tokens of a sequence is not supported in layers with a window"
+        )
+    # The queries of causal attention are the last tokens.
+    q_mask = mask[:, -seqlen_q:] if arguments["causal"] else mask.new_ones((batch, seqlen_q))
     q_tokens, k_tokens = (m.flatten().nonzero().squeeze(1) for m in (q_mask, mask))
     lengths = [m.sum(1, dtype=torch.int32) for m in (q_mask, mask)]
     cu_q, cu_k = (torch.nn.functional.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in lengths)
@@ -152,3 +158,9 @@ def _attend_unpadded(query, key, value, mask, threshold, arguments):
     padded[q_tokens] = packed
     padded = padded.unflatten(0, (batch, seqlen_q))
     return result._replace(out=padded) if arguments["return_stats"] else padded
+
+
+def _is_one_run(mask: torch.Tensor) -> bool:
+    """Whether the tokens of each row lie side by side, so that packed they are as far apart as they were."""
+    begins = mask[:, 1:] & ~mask[:, :-1]
+    return bool((begins.sum(1) + mask[:, 0] <= 1).all())
