@@ -11,7 +11,8 @@ Protocol
   to the dtype. A provider that fails is not timed.
 * Warm-up, then rounds in which each provider runs once, another one first each time, L2 flushed before each run.
   Times are CUDA events around one call; the 20th, 50th and 80th percentile of a row are over the rounds.
-* Clocks, power and temperature are read while our kernel runs back to back, and written as rows; nothing sets them.
+* Clocks, power and temperature are read while the first provider, ours if it passed, runs back to back, and written
+  as rows; nothing sets them.
 * TFLOP/s count 2 * (head_dim + head_dim_v) operations for each query and visible key, a causal mask as half of all.
   With tiles skipped, too: it is the work asked for, not the work done. Of decode, TB/s count the bytes of K and V of
   all sequences once (profiling/decode.py), and "copy" is the roof: a device-to-device copy of half as many bytes.

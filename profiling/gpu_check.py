@@ -14,9 +14,11 @@ Steps, each a process of its own with a time limit, its output in DIR/log.txt; o
 A call takes at most --budget seconds (9 minutes), and the next one goes on: DIR/state.json says which steps have ended
 with these sources. A step that has not ended in its limit, or that the budget cut off, is tried again; one that failed
 is not, unless named with --again. Steps of which the rest of the budget holds less than half the limit wait for the
-next call. At the end the tables of what was measured are printed. Nothing is installed. DIR (profiling/results/<gpu> by
-default) holds at most 8 files of less than 16 MiB: state.json, log.txt, host.jsonl, prefill.jsonl, decode.jsonl and the
-profiler's. A DIR without a state begins as a copy of the default folder.
+next call. On a machine that has compiled nothing yet, compiling comes again before what is left. At the end the tables
+of what was measured are printed. Nothing is installed. The variable CUTE_SPARSE_COMMIT names the commit for the rows
+where git cannot. DIR (profiling/results/<gpu> by default) holds at most 8 files of less than 16 MiB: state.json,
+log.txt, host.jsonl, prefill.jsonl, decode.jsonl and the profiler's. A DIR without a state begins as a copy of the
+default folder.
 
 Exit status: 0 when every step has ended and passed; 1 when one has failed; 3 when steps are left; 2 for no GPU.
 --dry-run prints the steps, what each needs and whether it is here, and runs none.
@@ -49,7 +51,7 @@ ROOT = bench.ROOT
 BUDGET_S = 540.0
 FILES_MAX, FILE_BYTES_MAX = 8, 16 << 20
 LOG_BYTES_MAX = 15 << 20
-STATE, LOG = "state.json", "log.txt"
+STATE, LOG, WARM = "state.json", "log.txt", "warm"
 PASSED, FAILED, TIMED_OUT, UNAVAILABLE = "passed", "failed", "timed out", "unavailable"
 HEADLINES = {
     "prefill": ("d128-8k-causal", "d128-8k-full"),
@@ -92,7 +94,7 @@ def steps(python: str = sys.executable) -> list[Step]:
     first_tables.insert(1, *table_steps(python, "decode", 1, DECODE_CASES_BY_WORTH))
     rest = [name for name in decode.TABLES if name not in DECODE_CASES_BY_WORTH]
     return [
-        Step("warm", (python, "-m", "profiling.warm"), 150.0),
+        Step(WARM, (python, "-m", "profiling.warm"), 150.0),
         bench_step(python, "headline-prefill", "prefill", HEADLINES["prefill"], 120.0),
         bench_step(python, "headline-decode", "decode", HEADLINES["decode"], 100.0),
         *sparsity_steps(python, "prefill", bench.LONG, "cudnn,fa4"),
@@ -209,10 +211,13 @@ class State:
         ended = self.ended.get(step.name)
         return ended.status if ended and ended.sources == self.sources else None
 
-    def to_do(self, all_steps: list[Step], again: str | None = None) -> list[Step]:
-        """Steps that never ran first, then those that timed out."""
+    def to_do(self, all_steps: list[Step], again: str | None = None, cold: bool = False) -> list[Step]:
+        """Steps that never ran first, then those that timed out. cold: nothing is compiled on this machine, and so
+        that comes before what is left."""
         new = [s for s in all_steps if self.status(s) is None or (again and again in s.name)]
-        return new + [s for s in all_steps if self.status(s) == TIMED_OUT and s not in new]
+        left = new + [s for s in all_steps if self.status(s) == TIMED_OUT and s not in new]
+        first = [s for s in all_steps if s.name == WARM and s not in new] if cold and left else []
+        return first + [s for s in left if s not in first]
 
 
 # ---- Running -------------------------------------------------------------------------------------------------------
@@ -246,6 +251,12 @@ def kernel_cache() -> dict[str, str]:
     return {} if folder is None else {"CUTE_SPARSE_CACHE_DIR": str(folder.parent)}
 
 
+def is_cold() -> bool:
+    """Whether this machine holds no kernel of these sources: a state may have been made on another."""
+    folder = cache.directory()
+    return folder is not None and not any(folder.glob("*.o"))
+
+
 END_S = 20.0  # for a killed process to end; behind it the next step begins anyhow
 
 
@@ -261,11 +272,11 @@ def _end_group(process: subprocess.Popen) -> None:
 
 def check(
     all_steps: list[Step], state: State, folder: Path, budget_s: float, runner: Runner = run_process,
-    clock: Callable[[], float] = time.monotonic, again: str | None = None,
+    clock: Callable[[], float] = time.monotonic, again: str | None = None, cold: bool = False,
 ) -> None:  # fmt: skip
     """Runs what is to do while the budget lasts; the state is written after every step."""
     begin = clock()
-    for step in state.to_do(all_steps, again):
+    for step in state.to_do(all_steps, again, cold):
         left = budget_s - (clock() - begin)
         if left < step.limit_s / 2:
             continue
@@ -360,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, OSError, ValueError) as error:
         print(f"gpu_check.py: {error}", file=sys.stderr)
         return 2
-    check(chosen, state, folder, options.budget, again=options.again)
+    check(chosen, state, folder, options.budget, again=options.again, cold=is_cold())
     print_tables(folder)
     return summary(chosen, state, folder)
 

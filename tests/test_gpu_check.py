@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from cute_sparse import cache
 from profiling import bench, decode, gpu_check, rows, warm
 from profiling.gpu_check import FAILED, PASSED, TIMED_OUT, UNAVAILABLE, State, Step
 
@@ -85,6 +86,25 @@ def test_a_failed_step_is_run_again_on_request_only(tmp_path):
     assert FakeGpu({}).check(three(), State(tmp_path, "s"), tmp_path) == []
     assert FakeGpu({}).check(three(), State(tmp_path, "s"), tmp_path, again="sec") == ["second"]
     assert State(tmp_path, "s").status(three()[1]) == PASSED
+
+
+def test_on_a_bare_machine_the_kernels_are_compiled_before_what_is_left(tmp_path):
+    warm_, *others = steps = [Step(gpu_check.WARM, ("true",), 100.0), *three()]
+    FakeGpu({}).check([warm_, others[0]], State(tmp_path, "s"), tmp_path)
+    state = State(tmp_path, "s")
+    assert state.to_do(steps) == others[1:]
+    assert state.to_do(steps, cold=True) == [warm_, *others[1:]]
+    FakeGpu({}).check(steps, state, tmp_path)
+    assert state.to_do(steps, cold=True) == []
+
+
+def test_a_machine_is_cold_until_a_kernel_is_in_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "directory", lambda: tmp_path)
+    assert gpu_check.is_cold()
+    (tmp_path / "prefill.o").write_bytes(b"")
+    assert not gpu_check.is_cold()
+    monkeypatch.setattr(cache, "directory", lambda: None)
+    assert not gpu_check.is_cold()
 
 
 def test_other_sources_begin_anew(tmp_path):
