@@ -1,4 +1,4 @@
-"""What a call costs the host: python -m profiling.host [--out DIR]
+"""What a call costs the host: python -m profiling.host [--out DIR] [--runs N]
 
 Two fresh processes share a new cache folder: in the first, the first call compiles ("cold"), in the second it finds the
 kernel on disk ("disk"). Each measures, in this order,
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the rows; default: profiling/results/<gpu>")
     parser.add_argument("--measure", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
     parser.add_argument("--arch", help=argparse.SUPPRESS)
-    parser.add_argument("--runs", type=int, default=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=int, default=RUNS, help=f"of {CALLS} warm calls each; default: {RUNS}")
     options = parser.parse_args(arguments)
     if options.measure:
         emulated = cute_sparse.emulated(options.arch) if options.measure == "cpu" else contextlib.nullcontext()
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             writer.write(rows.row(origin, "host", "cute_sparse", CASE, mode, metric, found))
             print(f"{mode:20} {metric:10} {found.p50:10.3f} {rows.UNITS[metric]}")
 
-        run(write, "cuda", dispatch.ARCH_OF_CAPABILITY[torch.cuda.get_device_capability()])
+        run(write, "cuda", dispatch.ARCH_OF_CAPABILITY[torch.cuda.get_device_capability()], options.runs)
     except (RuntimeError, OSError, rows.BadRow, subprocess.TimeoutExpired) as error:
         print(f"host.py: {error}", file=sys.stderr)
         return 2
