@@ -6,6 +6,8 @@ A file appears by rename, so no reader sees half of one; what a kill or a full d
 name; what fails its checksum is compiled again and replaced. A lock per kernel lets one process compile while
 the others wait; the system drops it when its holder dies.
 
+Each state of the source has a folder of its own; those that no process has used for KEEP_DAYS go.
+
 CUTE_SPARSE_CACHE_DIR moves the cache, CUTE_SPARSE_CACHE=0 turns it off. The files hold native code: the folder is
 created for its user alone, and one that others can write to is not used.
 """
@@ -18,9 +20,12 @@ import hashlib
 import logging
 import os
 import platform
+import re
+import shutil
 import stat
 import struct
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +37,8 @@ FORMAT = 1
 TRAILER = struct.Struct("<QQQ32s8s")  # lengths of object, cubin and PTX, SHA-256 of the three, magic
 MAGIC = b"CUTESPRS"
 LOCK_TIMEOUT_S = 900.0  # far above any compile; after it, compile without the lock
+KEEP_DAYS = 30
+OWN_SUFFIXES = {".o", ".lock", ".tmp"}
 
 
 class Entry(NamedTuple):
@@ -61,10 +68,22 @@ def _usable(root: Path) -> Path | None:
             raise PermissionError(f"{folder} can be written by others")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"{folder} cannot be written")
+        os.utime(folder)  # when a process last used it
     except OSError as error:
         LOG.warning("no disk cache, every process compiles its kernels: %s", error)
         return None
+    _remove_unused(root)
     return folder
+
+
+def _remove_unused(root: Path) -> None:
+    """A process that still has such a folder loses no kernel that it has loaded, and compiles those that it has not."""
+    oldest = time.time() - KEEP_DAYS * 86400
+    for other in root.iterdir():
+        with contextlib.suppress(OSError):  # another process removes it, or holds a file of it open
+            if re.fullmatch("[0-9a-f]{16}", other.name) and other.stat().st_mtime < oldest:
+                if all(file.suffix in OWN_SUFFIXES for file in other.iterdir()):
+                    shutil.rmtree(other)
 
 
 @functools.cache

@@ -88,6 +88,27 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     assert cache.directory() is None
 
 
+def test_folders_that_nobody_uses_any_more_go(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUTE_SPARSE_CACHE_DIR", str(tmp_path))
+    names = ["0123456789abcdef", "0123456789abcde0", "fedcba9876543210", "emulator"]
+    foreign, recent, unused, emulator = folders = [tmp_path / name for name in names]
+    for folder in folders:
+        folder.mkdir()
+        for name in ("prefill-sm_90a.o", "prefill-sm_90a.lock", ".a.tmp"):
+            (folder / name).touch()
+    (foreign / "readme.txt").touch()
+    now = time.time()
+    for folder, days in ((foreign, 40), (recent, 20), (unused, 40), (emulator, 40)):
+        os.utime(folder, (now - days * 86400,) * 2)
+    used = tmp_path / cache.source_fingerprint()[:16]
+    used.mkdir(mode=0o700)
+    os.utime(used, (now - 40 * 86400,) * 2)
+    cache._usable.cache_clear()
+    assert cache.directory() == used and used.stat().st_mtime > now - 60
+    assert {path.name for path in tmp_path.iterdir()} == {foreign.name, recent.name, emulator.name, used.name}
+    cache._usable.cache_clear()
+
+
 # ---- The key ----
 
 PROBLEM = Problem("prefill", "bfloat16", 128, 128)
