@@ -67,18 +67,18 @@ def plan_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict
 ) -> ReferencePlan | PrefillKernelPlan:
     """The plan for a prefill call; `options` are those of `inputs.check_attention`. Raises what that raises."""
-    return _planned("prefill", inputs.check_attention, _make_plan, q, k, v, options)
+    return _planned("prefill", q, k, v, options)
 
 
 def plan_decode(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, options: dict
 ) -> DecodeReferencePlan | DecodeKernelPlan:
     """The plan for a decode call; `options` are those of `inputs.check_decode`. Raises what that raises."""
-    return _planned("decode", inputs.check_decode, _make_decode_plan, q, k_cache, v_cache, options)
+    return _planned("decode", q, k_cache, v_cache, options)
 
 
-def _planned(kind: str, check: Callable, make: Callable, q, k, v, options: dict):
-    """The plan kept for such tensors and options, or one made from the request that `check` returns."""
+def _planned(kind: str, q, k, v, options: dict):
+    """The plan kept for such tensors and options, or a new one."""
     out = options["out"]
     try:
         key = (
@@ -92,7 +92,7 @@ def _planned(kind: str, check: Callable, make: Callable, q, k, v, options: dict)
     except (TypeError, AttributeError, RuntimeError):
         key = plan = None
     if plan is None:
-        plan = make(check(q, k, v, **options))
+        plan = _make_plan(kind, q, k, v, options)
         plan.spans = () if out is None else tuple(inputs.span_bytes(tensor) for tensor in (out, q, k, v))
         if key is not None:
             if len(_plans) >= PLANS_MAX:
@@ -110,23 +110,17 @@ def _identity(tensor: torch.Tensor) -> tuple:
     )  # fmt: skip
 
 
-def _make_plan(request: Request) -> ReferencePlan | PrefillKernelPlan:
+def _make_plan(kind: str, q, k, v, options: dict):
+    check, on_reference, on_kernel = {
+        "prefill": (inputs.check_attention, ReferencePlan, PrefillKernelPlan),
+        "decode": (inputs.check_decode, DecodeReferencePlan, DecodeKernelPlan),
+    }[kind]
+    request = check(q, k, v, **options)
     target = _target(request.device)
-    # A plan lives long and may serve other tensors: it keeps the threshold's form, not the tensor.
-    request = _without_tensors(request)
-    return ReferencePlan(request) if target is None else PrefillKernelPlan(request, target)
-
-
-def _make_decode_plan(request: DecodeRequest) -> DecodeReferencePlan | DecodeKernelPlan:
-    target = _target(request.device)
-    request = _without_tensors(request)
-    return DecodeReferencePlan(request) if target is None else DecodeKernelPlan(request, target)
-
-
-def _without_tensors(request: Request | DecodeRequest) -> Request | DecodeRequest:
-    if request.threshold is None or request.threshold.tensor is None:
-        return request
-    return replace(request, threshold=request.threshold._replace(tensor=None))
+    if request.threshold is not None:
+        # A plan lives long and may serve other tensors: it keeps the threshold's form, not the tensor.
+        request = replace(request, threshold=request.threshold._replace(tensor=None))
+    return on_reference(request) if target is None else on_kernel(request, target)
 
 
 class ReferencePlan:

@@ -21,37 +21,7 @@ from cute_sparse.emulator.errors import EmulatorError
 
 __all__ = ["ARCHES", "Counts", "Device", "EmulatorError", "Launch", "device", "entered", "errors", "register"]
 
-
-def device(
-    arch: str,
-    *,
-    order: str = "eager",
-    seed: int = 0,
-    sms: int = 4,
-    threads: int | None = None,
-    checks: bool = True,
-    max_warp_instructions: int | None = None,
-    torch_cuda: bool = False,
-) -> Device:
-    """An emulated GPU, to be entered with `with`.
-
-    arch: "sm_90a", "sm_100a" or "sm_103a". order: when asynchronous work completes and which warp runs first: "eager",
-    "late" (as late as anything allows) or "random" (by `seed`). sms: the number of multiprocessors that persistent
-    kernels see; a small one gives each CTA many tiles. threads: of the host (all of them by default); independent
-    clusters run in parallel. checks: races, uninitialised reads and data in flight are reported; bounds always are.
-    max_warp_instructions: of one launch, no limit by default. torch_cuda: torch's "cuda" device is this one, too.
-    Raises UnknownArch, ValueError; on entering also UnsupportedVersion, BuildError, AlreadyEntered.
-    """
-    return Device(
-        arch,
-        order=order,
-        seed=seed,
-        sms=sms,
-        threads=threads,
-        checks=checks,
-        max_warp_instructions=max_warp_instructions,
-        torch_cuda=torch_cuda,
-    )
+device = Device  # with emulator.device("sm_90a"): ..
 
 
 def register(cubin: bytes, ptx: str) -> None:

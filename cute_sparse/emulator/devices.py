@@ -27,7 +27,14 @@ _core: Core | None = None
 
 
 class Device:
-    """An emulated GPU: a context manager, made by `emulator.device`.
+    """An emulated GPU, to be entered with `with`; `emulator.device` is its other name.
+
+    arch: "sm_90a", "sm_100a" or "sm_103a". order: when asynchronous work completes and which warp runs first: "eager",
+    "late" (as late as anything allows) or "random" (by `seed`). sms: the number of multiprocessors that persistent
+    kernels see; a small one gives each CTA many tiles. threads: of the host (all of them by default); independent
+    clusters run in parallel. checks: races, uninitialised reads and data in flight are reported; bounds always are.
+    max_warp_instructions: of one launch, no limit by default. torch_cuda: torch's "cuda" device is this one, too.
+    Raises UnknownArch, ValueError; on entering also UnsupportedVersion, BuildError, AlreadyEntered.
 
     Inside it, CuTe-DSL compiles for `arch`, takes CPU tensors for device tensors and launches into the emulator.
     launches: what ran so far, readable behind the `with` block, too. on_launch: called with each launch that ended.
