@@ -123,6 +123,9 @@ def _make_plan(kind: str, q, k, v, options: dict):
     return on_reference(request) if target is None else on_kernel(request, target)
 
 
+_in_the_types_asked_for = torch.autocast("cpu", enabled=False)  # kernels do not heed a caller's autocast either
+
+
 class ReferencePlan:
     """The oracle on the CPU, in float32, with Hopper's tiles for head dim 128."""
 
@@ -131,9 +134,10 @@ class ReferencePlan:
     def __init__(self, request: Request) -> None:
         self.request = request
 
+    @_in_the_types_asked_for
     def run(self, q, k, v, out, given_threshold, sink, cu_seqlens_q, cu_seqlens_k) -> Result:
         request, problem = self.request, self.request.problem
-        options = _reference_options(request, given_threshold, sink, self.geometry)
+        options = _reference_options(request, q, given_threshold, sink, self.geometry)
         if problem.varlen:
             _check_varlen_values(request, cu_seqlens_q, cu_seqlens_k)
             options |= dict(cu_seqlens_q=cu_seqlens_q.tolist(), cu_seqlens_k=cu_seqlens_k.tolist())
@@ -144,7 +148,7 @@ class ReferencePlan:
         return _reference_result(computed, problem, q, out)
 
 
-def _reference_options(request: Request | DecodeRequest, given_threshold, sink, geometry) -> dict:
+def _reference_options(request: Request | DecodeRequest, q, given_threshold, sink, geometry) -> dict:
     """What `reference.attention` and `reference.decode` are given alike."""
     problem = request.problem
     lambdas = None
@@ -153,7 +157,7 @@ def _reference_options(request: Request | DecodeRequest, given_threshold, sink, 
         form = request.threshold
         lambdas = given_threshold.as_strided((request.batch, request.heads_q), (form.stride_batch, form.stride_head))
     elif given_threshold is not None:
-        lambdas = torch.full((request.batch, request.heads_q), float(given_threshold), dtype=torch.float64)
+        lambdas = q.new_full((request.batch, request.heads_q), float(given_threshold), dtype=torch.float64)
     return dict(
         softmax_scale=request.softmax_scale,
         window_left=request.window_left if problem.mask == "band" else None,
@@ -186,13 +190,14 @@ class DecodeReferencePlan:
         self.request = request
         self.splitting = dict(num_splits=request.num_splits, ctas=1, min_tiles=1)
 
+    @_in_the_types_asked_for
     def run(self, q, k_cache, v_cache, out, given_threshold, sink, seqused_k, page_table) -> Result:
         request = self.request
         inputs.check_decode_values(request, seqused_k, page_table)
         computed = reference.decode(
             q, k_cache, v_cache,
             seqused_k=seqused_k.tolist(), page_table=page_table, share_max=request.problem.share_max,
-            **self.splitting, **_reference_options(request, given_threshold, sink, self.geometry),
+            **self.splitting, **_reference_options(request, q, given_threshold, sink, self.geometry),
         )  # fmt: skip
         return _reference_result(computed, request.problem, q, out)
 

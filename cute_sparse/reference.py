@@ -14,6 +14,7 @@ It is written for clarity and for tests: float64 by default, on any device that 
 from __future__ import annotations
 
 import itertools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -424,8 +425,8 @@ def _columns(tile: int, keys: slice, tile_n: int) -> slice:
 
 def _kept_keys(columns: list[slice], skip: torch.Tensor) -> torch.Tensor:
     """The indices of the keys of tiles that are not skipped."""
-    kept = [torch.arange(column.start, column.stop) for column, gone in zip(columns, skip, strict=True) if not gone]
-    return torch.cat([torch.arange(0), *kept]).to(skip.device)
+    kept = [range(column.start, column.stop) for column, gone in zip(columns, skip.tolist(), strict=True) if not gone]
+    return torch.tensor(list(itertools.chain.from_iterable(kept)), dtype=torch.int64, device=skip.device)
 
 
 class _Decided(NamedTuple):

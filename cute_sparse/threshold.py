@@ -107,7 +107,7 @@ def threshold_from_scale_factor(
     if not isinstance(seqlen_k, torch.Tensor) and seqlen_k < 0:
         raise ValueError(f"{seqlen_k=} must not be negative")
     if isinstance(scale_factor, torch.Tensor) or isinstance(seqlen_k, torch.Tensor):
-        return torch.as_tensor(scale_factor / torch.as_tensor(seqlen_k), dtype=torch.float32).clamp(max=1.0)
+        return (scale_factor / seqlen_k).to(torch.float32).clamp(max=1.0)
     return min(scale_factor / seqlen_k, 1.0) if seqlen_k else 1.0
 
 

@@ -373,6 +373,27 @@ def test_numpy_s_numbers_are_numbers():
     torch.testing.assert_close(call_decode(num_splits=np.int64(2)), call_decode(num_splits=2))
 
 
+@pytest.mark.parametrize(
+    "context", [torch.autocast("cpu", torch.bfloat16), torch.device("meta")], ids=["autocast", "another default device"]
+)
+def test_the_reference_does_not_depend_on_what_surrounds_it(context):
+    """As the kernels do not: another default device is not the tensors', an autocast not for their float32."""
+    q, k, v = tensors()
+    lengths, cumulated = int32(25, 30), int32(0, 20, 40)
+    packed = dict(cu_seqlens_q=cumulated, cu_seqlens_k=cumulated, max_seqlen_q=20, max_seqlen_k=20)
+
+    def results():
+        yield cute_sparse.attention(q, k, v, threshold=0.5, return_lse=True, return_stats=True)
+        yield cute_sparse.attention_varlen(*(x.flatten(0, 1)[:40] for x in (q, k, v)), **packed, return_lse=True)
+        yield cute_sparse.decode(q[:, :3], k, v, seqused_k=lengths, threshold=0.5, num_splits=2, return_lse=True)
+
+    expected = list(results())
+    with context:
+        got = list(results())
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one.out, other.out) and torch.equal(one.lse, other.lse)
+
+
 def test_a_device_without_a_kernel_is_named():
     with pytest.raises(RuntimeError, match="meta.*9.0.*10.0.*10.3.*cpu"):
         call(**{name: tensor.to("meta") for name, tensor in zip("qkv", tensors(), strict=True)})

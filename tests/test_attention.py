@@ -126,7 +126,8 @@ def error_of_the_same_in_dtype(
             scores = case.softcap * torch.tanh(scores / case.softcap)
         lse = (replayed.lse[:, queries] if case.packed else replayed.lse[batch]).float()
         weights = torch.exp(scores - torch.where(lse == -math.inf, math.inf, lse)[..., None])
-        weights = weights * kept_elements(case, geometry, replayed.skip_map[batch], q.shape[0], k.shape[0])
+        kept = kept_elements(case, geometry, replayed.skip_map[batch], q.shape[0], k.shape[0])
+        weights = torch.where(kept, weights, 0.0)  # of a row with a sink alone, exp(score - lse) may overflow
         rounded = weights.to(case.dtype).double()
         result = torch.einsum("hqk,khd->qhd", rounded, v.double().repeat_interleave(group, 1)).to(case.dtype).double()
         if case.packed:

@@ -73,9 +73,9 @@ def padding_mask(
 
 def _check_is_band(mask_function, q_length, kv_length, q_offset, kv_offset, window) -> None:
     step = max(1, q_length // PROBED_ROWS)
-    q_idx = torch.arange(q_offset, q_offset + q_length, step)[:, None]
-    kv_idx = torch.arange(kv_offset, kv_offset + kv_length)[None, :]
-    zero = torch.zeros((), dtype=torch.long)
+    q_idx = torch.arange(q_offset, q_offset + q_length, step, device="cpu")[:, None]
+    kv_idx = torch.arange(kv_offset, kv_offset + kv_length, device="cpu")[None, :]
+    zero = torch.zeros((), dtype=torch.long, device="cpu")
     visible = torch.as_tensor(mask_function(zero, zero, q_idx, kv_idx)).expand(q_idx.shape[0], kv_idx.shape[1]).cpu()
     diagonal = q_idx + (kv_offset + kv_length) - (q_offset + q_length)  # the kernels': the last query's is the last key
     causal = kv_idx <= diagonal
