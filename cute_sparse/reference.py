@@ -14,7 +14,6 @@ It is written for clarity and for tests: float64 by default, on any device that 
 from __future__ import annotations
 
 import itertools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
