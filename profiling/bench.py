@@ -9,8 +9,8 @@ Protocol
 * Before a provider is timed its result is compared, in sampled rows of sampled heads, with attention in float32 over
   the same tiles; its relative L2 error must be at most ERROR_FACTOR times that of PyTorch rounding weights and result
   to the dtype. A provider that fails is not timed.
-* Warm-up, then rounds in which each provider runs once, another one first each time, L2 flushed before each run.
-  Times are CUDA events around one call; the 20th, 50th and 80th percentile of a row are over the rounds.
+* Warm-up, then rounds in which each provider runs once, another one first each time, L2 flushed before each run,
+  by reading. Times are CUDA events around one call; the 20th, 50th and 80th percentile of a row are over the rounds.
 * Clocks, power and temperature are read while the first provider, ours if it passed, runs back to back, and written
   as rows; nothing sets them.
 * TFLOP/s count 2 * (head_dim + head_dim_v) operations for each query and visible key, a causal mask as half of all.

@@ -133,6 +133,22 @@ def test_the_state_is_read_before_the_calls_and_while_they_run(monkeypatch):
     assert events == ["state", "call", "call", "call", "state", "synchronize"]
 
 
+def test_l2_is_flushed_before_the_clock_starts_and_by_reading_alone(monkeypatch):
+    from cute_sparse import emulator
+
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 64)
+    with emulator.device("sm_90a", torch_cuda=True):
+        timer, events = timing.EventTimer(), []
+        flushed, amax = timer._flush.copy_(torch.arange(8)), torch.amax
+        monkeypatch.setattr(torch, "amax", lambda *args, **options: events.append("flush") or amax(*args, **options))
+        event = torch.cuda.Event
+        monkeypatch.setattr(event, "record", lambda self: events.append("event"))
+        monkeypatch.setattr(event, "elapsed_time", lambda self, end: 2.5)
+        assert timer.milliseconds(lambda: events.append("call")) == 2.5
+        assert events == ["flush", "event", "call", "event"]
+        assert flushed.tolist() == list(range(8)) and timer._largest.item() == 7
+
+
 def test_what_nvml_does_not_know_is_absent(monkeypatch):
     class Failed(Exception):
         pass
