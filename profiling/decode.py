@@ -16,7 +16,7 @@ import torch
 import cute_sparse
 from cute_sparse.reference import cached_tokens
 from cute_sparse.workloads import in_shuffled_pages, structured_qkv
-from profiling.peers import Call, Missing
+from profiling.peers import REFUSALS, Call, Missing
 
 ELEMENT_BYTES = 2
 PAGE_SIZE = 64
@@ -208,7 +208,7 @@ def _flash(shape: DecodeShape, inputs: DecodeInputs) -> Call:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 out = scaled_dot_product_attention(*heads, enable_gqa=shape.heads_q != shape.heads_kv)
         except RuntimeError as error:
-            if any(text in str(error) for text in ("No available kernel", "No viable backend")):
+            if any(text in str(error) for text in REFUSALS):
                 raise Missing(f"PyTorch {torch.__version__} has no FLASH_ATTENTION for this shape") from None
             raise
         return out.transpose(1, 2)

@@ -43,6 +43,10 @@ class KeptTiles(NamedTuple):
     keys: int
 
 
+# What PyTorch, or cuDNN through it, says of a shape that a backend does not take.
+REFUSALS = ("No available kernel", "No viable backend", "execution plan")
+
+
 def _sdpa(
     backend: str, shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: KeptTiles | None
 ) -> Call:
@@ -61,7 +65,7 @@ def _sdpa(
             with sdpa_kernel(which):
                 out = scaled_dot_product_attention(*heads, is_causal=shape.causal, enable_gqa=gqa)
         except RuntimeError as error:
-            if any(text in str(error) for text in ("No available kernel", "No viable backend")):
+            if any(text in str(error) for text in REFUSALS):
                 raise Missing(f"PyTorch {torch.__version__} has no {backend} for this shape") from None
             raise
         return out.transpose(1, 2)

@@ -452,7 +452,16 @@ def test_a_window_is_no_case_for_pytorchs_attention(name):
         peers.PEERS[name](SHAPE._replace(window_left=10), q, q, q, None)
 
 
-def test_a_backend_that_pytorch_does_not_have_here_is_missing_rather_than_failed(tmp_path, quick):
+CUDNN_SAYS = "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph."
+
+
+@pytest.mark.parametrize("refusal", [None, CUDNN_SAYS], ids=["by PyTorch", "by cuDNN"])
+def test_a_backend_that_does_not_take_a_shape_is_missing_rather_than_failed(tmp_path, quick, monkeypatch, refusal):
+    def refuses(*_, **__):
+        raise RuntimeError(refusal)
+
+    if refusal is not None:
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuses)
     run = make_bench(tmp_path, ["cudnn"])
     run.run("tiny", SHAPE, None)
     assert not run.failures and len(run.missing) == 1
