@@ -17,8 +17,9 @@ import torch
 
 PROFILED_VARIABLE = "CUTE_SPARSE_PROFILED"
 FLUSH_BYTES = 1 << 30  # several times any L2 there is (B200: 126 MB); takes 0.2 ms to read
-LOAD_MS = 300.0  # how long the GPU is busy while its state is read
-LOAD_CALLS_MAX = 5000
+LOAD_MS = 1300.0  # how long the GPU is busy for its state to be read: the power told is an average over one second
+LOAD_SHARE_LEFT = 0.2
+LOAD_CALLS_MAX = 50_000
 WARMUP_RUNS = 3
 ROUNDS_MIN, ROUNDS_MAX = 7, 51
 CASE_BUDGET_MS = 4000.0  # of one case's timed runs, all providers together
@@ -185,11 +186,17 @@ def smi(query: str) -> list[str]:
 def state_under_load(call: Call, call_ms: float) -> dict[str, float]:
     """`gpu_state` while the GPU repeats the call: an idle one would show other clocks.
 
-    The state is read once before, because the first reading starts NVML, which outlasts the calls that a queue holds.
+    The state is read once before, because the first reading starts NVML, which outlasts the calls that a queue holds,
+    and then when the last LOAD_SHARE_LEFT of the calls are to run.
     """
     gpu_state()
-    for _ in range(min(LOAD_CALLS_MAX, max(2, int(LOAD_MS / max(call_ms, 1e-3))))):
+    calls = min(LOAD_CALLS_MAX, max(2, int(LOAD_MS / max(call_ms, 1e-3))))
+    nearly_done = torch.cuda.Event()
+    for left in range(calls, 0, -1):
+        if left == max(1, int(calls * LOAD_SHARE_LEFT)):
+            nearly_done.record()
         call()
+    nearly_done.synchronize()
     state = gpu_state()
     torch.cuda.synchronize()
     return state

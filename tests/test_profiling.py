@@ -125,12 +125,14 @@ def test_the_state_is_empty_where_nothing_can_be_asked(monkeypatch):
     assert timing._state_of_smi() == {} and timing.smi("driver_version") == []
 
 
-def test_the_state_is_read_before_the_calls_and_while_they_run(monkeypatch):
+def test_the_state_is_read_before_the_calls_and_while_the_last_of_them_run(monkeypatch):
     events = []
+    mark = types.SimpleNamespace(record=lambda: events.append("mark"), synchronize=lambda: events.append("reached"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: mark)
     monkeypatch.setattr(timing, "gpu_state", lambda: events.append("state") or {"power": float(len(events))})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
-    assert timing.state_under_load(lambda: events.append("call"), timing.LOAD_MS / 3) == {"power": 5.0}
-    assert events == ["state", "call", "call", "call", "state", "synchronize"]
+    assert timing.state_under_load(lambda: events.append("call"), timing.LOAD_MS / 10) == {"power": 14.0}
+    assert events == ["state", *["call"] * 8, "mark", "call", "call", "reached", "state", "synchronize"]
 
 
 def test_l2_is_flushed_before_the_clock_starts_and_by_reading_alone(monkeypatch):
