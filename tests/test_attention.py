@@ -245,6 +245,15 @@ def test_one_key_head_expanded_to_all(runner):
     check(case, Inputs(inputs.q, k.contiguous(), v.contiguous(), None, None, None), got)
 
 
+def test_heads_that_all_fit_the_cache(runner):
+    """Of one key, K and V of 2^32 heads would: more than a number of heads can be."""
+    q = torch.randn(1, 1, 4096, 8, device=runner.device).bfloat16()
+    k = torch.randn(1, 1, 1, 8, device=runner.device).bfloat16()
+    with runner.in_order(runner.orders[0]):
+        out = cute_sparse.attention(q, k, k, causal=True, out=torch.full_like(q, math.nan))
+    assert torch.equal(out, k.expand_as(q))
+
+
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf_propagate_as_in_torch(runner, where, value):

@@ -116,10 +116,14 @@ def _divided(numerator, denominator) -> Int32:
     return Int32(Uint32(numerator) // Uint32(denominator))
 
 
-def heads_in_cache(cache_bytes: int, kv_bytes_per_token: int, seqlen_k, group):
-    """How many query heads share `cache_bytes` with the K and V they read; `group` query heads read the same."""
+def heads_in_cache(cache_bytes: int, kv_bytes_per_token: int, seqlen_k, group, all_heads):
+    """How many query heads share `cache_bytes` with the K and V they read; `group` query heads read the same.
+
+    At most all of them: times the blocks of rows, the heads of a few keys would exceed int32.
+    """
     kv_bytes = Int64(cutlass.max(seqlen_k, 1)) * kv_bytes_per_token
-    return Int32(cutlass.max(Int64(cache_bytes) // kv_bytes, Int64(1))) * group
+    heads = cutlass.max(Int64(cache_bytes) // kv_bytes, Int64(1)) * group
+    return Int32(cutlass.min(heads, Int64(all_heads)))
 
 
 class Claim(NamedTuple):

@@ -346,11 +346,13 @@ class Prefill:
         pairing = Pairing.of(group) if self.pair else None
         kv_bytes_per_token = (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES
         heads, rows = (pairing.heads, pairing.rows) if self.pair else (1, TILE_M)
+        all_heads = prefill.heads_q * prefill.batch
+        in_cache = heads_in_cache(L2_BYTES, kv_bytes_per_token, prefill.lengths.seqlen_k, group, all_heads)
         order = TileOrder(
             m_blocks=cute.ceil_div(prefill.lengths.seqlen_q, rows * config.query_tiles),
             heads=prefill.heads_q // heads,
             batch=prefill.batch,
-            heads_per_group=heads_in_cache(L2_BYTES, kv_bytes_per_token, prefill.lengths.seqlen_k, group) // heads,
+            heads_per_group=in_cache // heads,
             longest_first=problem.mask != "full",
         )
         self.storage = shared_storage(config, dtype, sQ_layout, sK_layout, sV_layout)

@@ -257,7 +257,8 @@ class HopperPrefill:
         group = operands.heads_q // operands.heads_kv
         longest_first = self.problem.mask != "full"
         bytes_per_token = (self.problem.head_dim + self.problem.head_dim_v) * ELEMENT_BYTES
-        heads = heads_in_cache(L2_BYTES, bytes_per_token, operands.lengths.seqlen_k, group)
+        all_heads = operands.heads_q * operands.batch
+        heads = heads_in_cache(L2_BYTES, bytes_per_token, operands.lengths.seqlen_k, group, all_heads)
         return TileOrder(
             m_blocks=(operands.lengths.seqlen_q + (self.tile_m - 1)) // self.tile_m,
             heads=operands.heads_q,
