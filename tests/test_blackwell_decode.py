@@ -240,7 +240,6 @@ EVERYTHING = dict(
     mask="band", softcap=True, sparsity="threshold", return_lse=True, return_stats=True, page_size=16, share_max=True
 )
 PROBLEMS = {
-    "dense": Problem("decode", "bfloat16", 128, 128),
     "everything": Problem("decode", "bfloat16", 128, 128, **EVERYTHING),
     "everything, wide": Problem("decode", "float16", 256, 256, **EVERYTHING),
 }

@@ -581,7 +581,7 @@ def test_a_launch_that_is_captured_gets_zeroed_memory_of_its_own():
 # ---- The kernels, by way of the emulator ----
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a", "sm_103a"])
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_103a"])
 def test_the_environment_sends_cpu_tensors_through_the_kernels(arch):
     pytest.importorskip("cutlass")
     code = """

@@ -191,8 +191,6 @@ EVERYTHING = dict(
     mask="band", softcap=True, sparsity="threshold", return_lse=True, return_stats=True, page_size=16, share_max=True
 )
 PROBLEMS = {
-    "dense": Problem("decode", "bfloat16", 128, 128),
-    "threshold": Problem("decode", "bfloat16", 128, 128, mask="causal", sparsity="threshold", page_size=64),
     "everything, narrow": Problem("decode", "bfloat16", 64, 64, **EVERYTHING),
     "everything, wide": Problem("decode", "float16", 256, 256, **EVERYTHING),
 }

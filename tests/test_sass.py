@@ -1,4 +1,5 @@
-"""What the assembler made of the kernels: no spill in a main loop, no serialised wgmma."""
+"""What the assembler made of the kernels as most calls want them: no spill in a main loop, no serialised wgmma. Those
+with everything in them are in the tests of each kernel."""
 
 from __future__ import annotations
 

@@ -61,13 +61,19 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_forward_matches_fp32(arch, head_dim, causal, order):
     with emulator.device(arch, order=order, seed=11, torch_cuda=True) as device:
-        for seqlen_q, seqlen_k, heads_q, heads_kv in ((256, 256, 2, 1), (200, 333, 2, 1), (129, 64, 1, 1)):
+        for seqlen_q, seqlen_k, heads_q, heads_kv in ((256, 256, 2, 1), (200, 333, 2, 1), (129, 64, 2, 1)):
             q, k, v = inputs(seqlen_q, seqlen_k, heads_q, heads_kv, head_dim)
             assert_close(run(flash_attn_func, q, k, v, causal=causal), reference(q, k, v, causal))
         launch = device.launches[0]
     # Every tile of the attention matrix that the mask leaves, twice (Q K^T and P V), is multiplied.
     assert sum(launch.counts.macs.values()) >= 2 * 2 * head_dim * 256 * 256 // (2 if causal else 1)
     assert launch.counts.exponentials >= 2 * 256 * 256 // 32 // (4 if causal else 2)  # some are polynomials on sm_100
+
+
+def test_a_kv_head_for_each_query_head_matches_fp32(arch):
+    q, k, v = inputs(129, 64, 2, 2, 64)
+    with emulator.device(arch, order="random", seed=11, torch_cuda=True):
+        assert_close(run(flash_attn_func, q, k, v), reference(q, k, v, causal=False))
 
 
 def test_ragged_batches_match_fp32(arch):
