@@ -74,11 +74,16 @@ def name_of(arch: str, problem: Problem) -> str:
 @contextlib.contextmanager
 def kept_code() -> Iterator[None]:
     """The DSL keeps the PTX and the cubin of what it compiles."""
+    import cutlass.cute as cute
+    from cutlass.base_dsl.compiler import KeepCUBIN, KeepPTX
     from cutlass.cutlass_dsl import CuTeDSL
 
     variables = CuTeDSL._get_dsl().envar
     names = ("keep_ptx", "keep_cubin", "dump_dir")
     before = [getattr(variables, name) for name in names]
+    # The variables switch these on, and nothing switches them off again.
+    options = [cute.compile._compile_options.options[option] for option in (KeepPTX, KeepCUBIN)]
+    options_before = [option.value for option in options]
     with tempfile.TemporaryDirectory() as folder:
         for name, value in zip(names, (True, True, folder), strict=True):
             setattr(variables, name, value)
@@ -87,6 +92,8 @@ def kept_code() -> Iterator[None]:
         finally:
             for name, value in zip(names, before, strict=True):
                 setattr(variables, name, value)
+            for option, value in zip(options, options_before, strict=True):
+                option.value = value
 
 
 def compile_kernel(problem: Problem, arch: str) -> Compiled:

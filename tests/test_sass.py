@@ -8,6 +8,9 @@ import pytest
 from cute_sparse.problem import Problem
 from profiling import kernels, sass
 
+cute = pytest.importorskip("cutlass.cute")
+from cutlass.base_dsl.compiler import KeepCUBIN, KeepPTX  # noqa: E402
+
 PROBLEMS = {
     "dense": Problem("prefill", "bfloat16", 128, 128, mask="causal"),
     "threshold": Problem("prefill", "bfloat16", 128, 128, mask="causal", sparsity="threshold"),
@@ -20,7 +23,10 @@ PROBLEMS = {
 @pytest.mark.parametrize("arch", kernels.ARCHES)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_main_loops_neither_spill_nor_serialise(arch, name):
+    options = cute.compile._compile_options.options
+    before = options[KeepPTX].value, options[KeepCUBIN].value
     row = sass.audit(kernels.compile_kernel(PROBLEMS[name], arch))
+    assert (options[KeepPTX].value, options[KeepCUBIN].value) == before, "kernels compiled later are kept, too"
     assert not row.faults and row.stack_bytes == 0, row
     assert row.mma_in_loops > 0 and row.exponentials_in_loops > 0  # the loops that were looked at are the right ones
     assert 64 <= row.registers <= 255
