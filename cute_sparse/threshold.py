@@ -25,12 +25,6 @@ class Threshold(NamedTuple):
     stride_batch: int = 0
     stride_head: int = 0
 
-    def expand(self, batch: int, heads_q: int) -> torch.Tensor:
-        """lambda as an fp32 tensor (batch, heads_q)."""
-        if self.tensor is None:
-            return torch.full((batch, heads_q), 2.0**self.log2, dtype=torch.float32)
-        return self.tensor.as_strided((batch, heads_q), (self.stride_batch, self.stride_head))
-
 
 def resolve(
     threshold: float | torch.Tensor | None, batch: int, heads_q: int, device: torch.device

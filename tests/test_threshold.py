@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from cute_sparse.threshold import resolve, threshold_from_model, threshold_from_scale_factor
+from cute_sparse.threshold import Threshold, resolve, threshold_from_model, threshold_from_scale_factor
 
 CPU = torch.device("cpu")
+
+
+def expanded_lambdas(got: Threshold, batch: int, heads_q: int) -> torch.Tensor:
+    """As the kernels read them."""
+    return got.tensor.as_strided((batch, heads_q), (got.stride_batch, got.stride_head))
 
 
 def test_none_stays_none():
@@ -21,7 +26,7 @@ def test_none_stays_none():
 def test_a_number_becomes_log2(value):
     got = resolve(value, 2, 3, CPU)
     assert got.tensor is None and got.log2 == math.log2(value)
-    torch.testing.assert_close(got.expand(2, 3), torch.full((2, 3), float(value)), rtol=1e-6, atol=0)
+    assert (got.stride_batch, got.stride_head) == (0, 0)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.0001, 2, math.nan, math.inf, -math.inf])
@@ -54,15 +59,20 @@ def test_a_tensor_reads_per_sequence_and_head(shape, expanded, strided):
     if strided:
         tensor = torch.stack([tensor, tensor + 0.01], dim=-1)[..., 0]
     got = resolve(tensor, 2, 3, CPU)
-    assert torch.equal(got.expand(2, 3), torch.tensor(expanded) / 8)
+    assert torch.equal(expanded_lambdas(got, 2, 3), torch.tensor(expanded) / 8)
     tensor += 0.125  # updated in place between CUDA-graph replays
-    assert torch.equal(got.expand(2, 3), torch.tensor(expanded) / 8 + 0.125)
+    assert torch.equal(expanded_lambdas(got, 2, 3), torch.tensor(expanded) / 8 + 0.125)
+
+
+def test_a_tensor_that_wants_a_gradient_is_refused():
+    with pytest.raises(NotImplementedError, match="requires grad"):
+        resolve(torch.full((2,), 0.1, requires_grad=True), 2, 3, CPU)
 
 
 def test_a_vector_that_could_be_batch_or_heads_is_refused():
     with pytest.raises(ValueError, match=r"ambiguous.*\(3, 1\).*\(1, 3\)"):
         resolve(torch.full((3,), 0.1), 3, 3, CPU)
-    assert resolve(torch.full((1,), 0.5), 1, 1, CPU).expand(1, 1).item() == 0.5
+    assert expanded_lambdas(resolve(torch.full((1,), 0.5), 1, 1, CPU), 1, 1).item() == 0.5
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (3, 2), (2, 3, 1), (0,)], ids=str)
@@ -84,7 +94,7 @@ def test_a_tensor_on_another_device_is_refused():
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.5, math.nan, math.inf])
 def test_a_cpu_tensor_with_one_bad_value_is_refused(value):
-    with pytest.raises(ValueError, match=r"holds .* must be in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"holds (-?\d.*|nan|inf); .* must be in \(0, 1\]"):
         resolve(torch.tensor([0.1, value]), 2, 3, CPU)
 
 
@@ -94,7 +104,8 @@ def test_the_values_of_a_device_tensor_are_not_read():
 
 
 def test_scale_factor_is_divided_by_each_sequence_s_own_length():
-    assert threshold_from_scale_factor(8.0, 1024) == 8.0 / 1024
+    number = threshold_from_scale_factor(8.0, 1024)
+    assert isinstance(number, float) and number == 8.0 / 1024
     got = threshold_from_scale_factor(8.0, torch.tensor([1024, 16, 4, 0]))
     assert got.dtype == torch.float32 and torch.equal(got, torch.tensor([8 / 1024, 0.5, 1.0, 1.0]))
     got = threshold_from_scale_factor(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([8, 16])[:, None])
