@@ -140,7 +140,7 @@ def sparsity_table(measured: Measured, case: str) -> str:
             "0%" if mode == STRUCTURED else number(read("sparsity"), ".1%"),
             number(read("threshold"), ".2g"), number(read("time"), ".3f"),
             *(number(measured.speed_up(case, other, ours), ".2f") for other in others),
-            number(read("error"), ".1e"), number(read("error_dense"), ".1e"),
+            number(read("error"), ".1e"), number(read("error" if mode == STRUCTURED else "error_dense"), ".1e"),
         ])  # fmt: skip
     return table(head, lines)
 

@@ -47,6 +47,7 @@ def made_up() -> list[rows.Row]:
         found += [row("gpu", case, "dense", "sm_clock", 1755.0), row("gpu", case, "dense", "power", 690.0)]
     found += [row(OURS, LONG, "structured, dense", "time", 60.0), row("fa4", LONG, "structured, dense", "time",
                                                                                66.0)]  # fmt: skip
+    found.append(row(OURS, LONG, "structured, dense", "error", 1e-3))
     for wished, share, threshold, ms in ((0.75, 0.748, 0.01, 40.0), (0, 0.0, 1e-30, 60.5)):
         mode = f"sparsity {wished:g}"
         values = {"time": ms, "sparsity": share, "threshold": threshold, "error": 2e-3, "error_dense": 3e-3}
@@ -65,7 +66,7 @@ def test_the_dense_table_has_the_cases_in_order_and_the_best_in_bold():
 def test_the_sparsity_table_has_both_speed_ups():
     lines = report.sparsity_table(report.Measured(made_up()), LONG).splitlines()
     assert "of our dense | of fa4" in lines[0]
-    assert lines[2] == "| dense | 0% |  | 60.000 | 1.00 | 1.10 |  |  |"
+    assert lines[2] == "| dense | 0% |  | 60.000 | 1.00 | 1.10 | 1.0e-03 | 1.0e-03 |"
     assert lines[3] == "| 0 | 0.0% | 1e-30 | 60.500 | 0.99 | 1.09 | 2.0e-03 | 3.0e-03 |"
     assert lines[4] == "| 0.75 | 74.8% | 0.01 | 40.000 | 1.50 | 1.65 | 2.0e-03 | 3.0e-03 |"
 
