@@ -130,7 +130,7 @@ def required(problem: Problem) -> frozenset[str]:
         features.add(f"sparsity:{problem.sparsity}")
     optional = {"varlen": problem.varlen, "softcap": problem.softcap, "sink": problem.sink}
     optional |= {"lse": problem.return_lse, "stats": problem.return_stats, "share_max": problem.share_max}
-    optional |= {f"page_size:{problem.page_size}": problem.page_size > 0}
+    optional |= {f"page_size:{problem.page_size}": problem.page_size != 0}
     return frozenset(features | {name for name, wanted in optional.items() if wanted})
 
 
