@@ -202,7 +202,7 @@ class Decode:
 
     Pipelines (producer -> consumer: slots; what completes it: arrivals)
       q        load_q -> score_mma: 1; full: 1; empty: 1 commit of the segment's last Q K^T
-      k        load_k -> score_mma: ring; full: 1 + TMA bytes; empty: 1 commit of Q K^T
+      k        load_k -> score_mma: ring of pieces of tiles; full: 1 + TMA bytes; empty: 1 commit of their Q K^T
       s        score_mma -> softmax: buffers of S; full: 1 commit of Q K^T; empty: 4 warps have S in registers
       wanted   softmax -> load_v, with a threshold: slots of P; 1: sTile names a kept tile, or the segment's end.
                Its slot is empty again with that of P
@@ -259,9 +259,10 @@ class Decode:
         mma_o = sm100.make_trivial_tiled_mma(
             dtype, dtype, k_major, mn_major, Float32, one, (TILE_M, config.head_dim_v), tcgen05.OperandSource.TMEM
         )
-        k_tile = (TILE_M, config.tile_n, config.head_dim)
+        q_tile = (TILE_M, config.tile_n, config.head_dim)
+        k_tile = (TILE_M, config.tile_n, config.head_dim // config.k_pieces)
         v_tile = (TILE_M, config.head_dim_v, config.tile_n)
-        sQ_layout = sm100.make_smem_layout_a(mma_s, k_tile, dtype, 1)
+        sQ_layout = sm100.make_smem_layout_a(mma_s, q_tile, dtype, 1)
         sK_layout = sm100.make_smem_layout_b(mma_s, k_tile, dtype, config.k_stages)
         sV_layout = sm100.make_smem_layout_b(mma_o, v_tile, dtype, config.v_stages)
         k_atom, k = self._tma_atom(decode.k, sK_layout, config.k_strip)
@@ -426,11 +427,14 @@ class Decode:
                 for look in cutlass.range(op.plan.looks(segment), unroll=1):
                     n_block = op.plan.n_block(segment, look)
                     window = self._page_window(op.k, segment, keys, n_block, window)
-                    with span("load K"):
-                        pipes.k.acquire(cursor)
-                        pipes.k.expect(cursor, self.config.k_slot_bytes)
-                        self._load_tile(op.k_atom, op.k, tiles.sK_strips, pipes.k, cursor, segment, n_block, window)
-                    cursor = pipes.k.advanced(cursor)
+                    for piece in cutlass.range_constexpr(self.config.k_pieces):
+                        with span("load K"):
+                            pipes.k.acquire(cursor)
+                            pipes.k.expect(cursor, self.config.k_slot_bytes)
+                            self._load_tile(
+                                op.k_atom, op.k, tiles.sK_strips, pipes.k, cursor, segment, n_block, window, piece
+                            )
+                        cursor = pipes.k.advanced(cursor)
             walk = op.plan.next(walk)
 
     @cute.jit
@@ -491,7 +495,19 @@ class Decode:
         return Window(number, block)
 
     @cute.jit
-    def _load_tile(self, atom, cache: Cache, shared, ring: Ring, cursor: Cursor, segment, n_block: Int32, window):
+    def _load_tile(
+        self,
+        atom,
+        cache: Cache,
+        shared,
+        ring: Ring,
+        cursor: Cursor,
+        segment,
+        n_block: Int32,
+        window,
+        piece: cutlass.Constexpr[int] = 0,
+    ):
+        """One tile, or one piece of its columns, into a slot."""
         barrier = ring.full(cursor)
         _, strip, boxes, strips, _ = shared.shape
         for box in cutlass.range_constexpr(boxes):
@@ -506,14 +522,16 @@ class Decode:
             gBoxes = cute.local_tile(head, (self.box_rows, strip), (None, None))  # (.., .., boxes, strips)
             tSsS, tSgS = _tma_partition(atom, shared, gBoxes)
             for i in cutlass.range_constexpr(strips):
-                cute.copy(atom, tSgS[None, number, i], tSsS[None, box, i, cursor.index], tma_bar_ptr=barrier)
+                column = piece * strips + i
+                cute.copy(atom, tSgS[None, number, column], tSsS[None, box, i, cursor.index], tma_bar_ptr=barrier)
 
     # ------------------------------------------------------------------------------------------------ mma
 
     @cute.jit
     def multiply_scores(self, op: Operands, pipes: Pipes, tiles: Tiles, base: cutlass.Constexpr[int]):
         """S = Q K^T of every tile."""
-        plan = self.config.tmem
+        plan, pieces = self.config.tmem, self.config.k_pieces
+        steps_of_piece = self.steps_k // pieces
         q, k = _operand(op.mma_s.make_fragment_A(tiles.sQ)), _operand(op.mma_s.make_fragment_B(tiles.sK))
         q_cursor, k_cursor, s_cursor = consumer_cursor(), consumer_cursor(), producer_cursor()
         walk = op.plan.first(tiles.sWalk)
@@ -524,21 +542,25 @@ class Decode:
             for i in cutlass.range(steps, unroll=1):
                 with span("Q K^T"):
                     pipes.s.acquire(s_cursor)
-                    pipes.k.wait(k_cursor)
-                    tmem.fence_after_sync()
-                    with cute.arch.elect_one():
-                        scores = base + plan.scores + s_cursor.index * plan.scores_stride
-                        k_first = k.first + Int64(k_cursor.index * k.slot_stride)
-                        q_first = umma.opaque(q.first)
-                        for step in cutlass.range_constexpr(self.steps_k):
-                            q_step, k_step = q_first + q.steps[step], k_first + k.steps[step]
-                            umma.issue_from_shared(scores, q_step, k_step, self.s_instruction, step > 0)
-                        umma.commit(pipes.s.full(s_cursor))
-                        umma.commit(pipes.k.empty(k_cursor))
+                    for piece in cutlass.range_constexpr(pieces):
+                        pipes.k.wait(k_cursor)
+                        tmem.fence_after_sync()
+                        with cute.arch.elect_one():
+                            scores = base + plan.scores + s_cursor.index * plan.scores_stride
+                            k_first = k.first + Int64(k_cursor.index * k.slot_stride)
+                            q_first = umma.opaque(q.first)
+                            for step in cutlass.range_constexpr(steps_of_piece):
+                                of_q = piece * steps_of_piece + step
+                                q_step, k_step = q_first + q.steps[of_q], k_first + k.steps[step]
+                                umma.issue_from_shared(scores, q_step, k_step, self.s_instruction, of_q > 0)
+                            if const_expr(piece == pieces - 1):
+                                umma.commit(pipes.s.full(s_cursor))
+                            umma.commit(pipes.k.empty(k_cursor))
+                        k_cursor = pipes.k.advanced(k_cursor)
                     if i == steps - 1:
                         with cute.arch.elect_one():
                             umma.commit(pipes.q.empty(q_cursor))
-                s_cursor, k_cursor = pipes.s.advanced(s_cursor), pipes.k.advanced(k_cursor)
+                s_cursor = pipes.s.advanced(s_cursor)
             if steps > 0:
                 q_cursor = pipes.q.advanced(q_cursor)
             walk = op.plan.next(walk)
@@ -1104,7 +1126,7 @@ class Decode:
             storage.sQ.get_tensor(op.sQ_layout.outer, swizzle=op.sQ_layout.inner),
             storage.sK.get_tensor(op.sK_layout.outer, swizzle=op.sK_layout.inner),
             storage.sV.get_tensor(op.sV_layout.outer, swizzle=op.sV_layout.inner),
-            strips(storage.sK, op.sK_layout, config.k_strip, config.head_dim, config.k_stages),
+            strips(storage.sK, op.sK_layout, config.k_strip, config.head_dim // config.k_pieces, config.k_stages),
             strips(storage.sV, op.sV_layout, config.v_strip, config.head_dim_v, config.v_stages),
             storage.sTile.get_tensor(cute.make_layout(config.p_stages)),
             storage.sMoved.get_tensor(cute.make_layout((WARPS_PER_GROUP, config.p_stages))),

@@ -21,7 +21,7 @@ from cute_sparse.kernels.blackwell.config import (
 from cute_sparse.kernels.blackwell.tmem import COLUMNS
 
 from cute_sparse.device.choice import cheapest
-from cute_sparse.problem import Problem, TileGeometry
+from cute_sparse.problem import HEAD_DIM_MAX, Problem, TileGeometry
 
 TILE_N = 64  # keys per KV tile, whose K and V are in flight for about 1100 clocks at head dim 128
 STRIPS = (64, 32, 16)  # elements that one row of a swizzled shared tile may have: 128, 64 or 32 bytes
@@ -84,6 +84,7 @@ class Config:
 
     head_dim, head_dim_v   padded to what the instructions take
     tile_n          keys per KV tile
+    k_pieces        into how many pieces along head_dim a tile of K is cut, each with a slot of its own
     k_stages, v_stages   slots of the K ring and of the V ring
     s_stages        buffers of S: tiles by which Q K^T may be ahead of the softmax
     p_stages        slots of P: kept tiles by which the softmax may be ahead of P V
@@ -99,6 +100,7 @@ class Config:
     s_stages: int
     p_stages: int
     min_tiles: int
+    k_pieces: int = 1
     registers_softmax: int = 192
     registers_correction: int = 128
     registers_other: int = 96
@@ -108,6 +110,7 @@ class Config:
         assert self.shared_bytes <= SM_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory planned"
         assert min(self.k_stages, self.v_stages, self.s_stages, self.p_stages, self.min_tiles) >= 1, self
         assert self.tile_n % (2 * WARPS_PER_GROUP) == 0, "a warp's share of a tile must be whole words of P"
+        assert strip(self.head_dim // self.k_pieces) == self.k_strip, "a piece of K has the swizzle of Q"
         self.tmem  # asserts that it fits  # noqa: B018
 
     @property
@@ -169,7 +172,7 @@ class Config:
 
     @property
     def k_slot_bytes(self) -> int:
-        return self.tile_n * self.head_dim * ELEMENT_BYTES
+        return self.tile_n * self.head_dim // self.k_pieces * ELEMENT_BYTES
 
     @property
     def v_slot_bytes(self) -> int:
@@ -207,11 +210,15 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[Config]:
     more slots than the latency asks for, since the first V would wait behind all of it: of head dim 64 with 12 slots of
     K and four of P, 64 tiles that are all kept take 5.6% longer than in the dense kernel, with 8 and seven 0.3%
     (modelled for a B200, with the seeds' K from L2).
+
+    Of head dim 256 only four tiles of K and V fit beside Q, so K's are cut in two: with slots for two whole tiles of K
+    a skipped tile takes 1343 clocks, 1643 at a latency of 1200, and with five halves what its bytes ask for, 1191.
     """
     if problem.kind != "decode":
         raise NotImplementedError(f"this is Blackwell's decode kernel, not its {problem.kind} kernel")
     head_dim, head_dim_v = round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 16)
-    k_bytes, v_bytes = TILE_N * head_dim * ELEMENT_BYTES, TILE_N * head_dim_v * ELEMENT_BYTES
+    k_pieces = 2 if head_dim == HEAD_DIM_MAX else 1
+    k_bytes, v_bytes = TILE_N * head_dim // k_pieces * ELEMENT_BYTES, TILE_N * head_dim_v * ELEMENT_BYTES
     fixed = TILE_M * head_dim * ELEMENT_BYTES + TILE_M * SUM_COLUMNS * 4 + RESERVED_SHARED_BYTES
     k_stages_max = -(-BYTES_IN_FLIGHT // k_bytes) + 1 if problem.sparsity else STAGES_MAX
     s_stages, p_stages = _tensor_stages(head_dim_v, P_STAGES_MAX[problem.sparsity])
@@ -230,6 +237,7 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[Config]:
                     s_stages=s_stages,
                     p_stages=min(p_stages, v_stages),
                     min_tiles=MIN_KEYS // TILE_N,
+                    k_pieces=k_pieces,
                 )
             )
     return found
@@ -246,13 +254,15 @@ def _tensor_stages(head_dim_v: int, p_stages_max: int) -> tuple[int, int]:
 def cost(problem: Problem, config: Config) -> float:
     """Modelled clocks per KV tile: its bytes, which take longer in proportion where fewer than the latency asks for are
     under way, of K and V together and of each, since each ring must hide its own latency."""
-    k, v = config.k_slot_bytes, config.v_slot_bytes
+    k, v = config.k_slot_bytes * config.k_pieces, config.v_slot_bytes
     # A slot of each ring is being read.
-    k_flight, v_flight = (config.k_stages - 1) * k, (min(config.v_stages, config.p_stages) - 1) * v
+    k_flight, v_flight = (config.k_stages - 1) * config.k_slot_bytes, (min(config.v_stages, config.p_stages) - 1) * v
     k_share, v_share = k / (k + v), v / (k + v)
     shortage = max(1.0, BYTES_IN_FLIGHT * k_share / k_flight, BYTES_IN_FLIGHT * v_share / v_flight)
+    if problem.sparsity:
+        shortage = max(shortage, BYTES_IN_FLIGHT / k_flight)  # of a skipped tile K is all there is
     # Beyond that, bytes in flight only smooth: the more even the two rings, the better.
-    return (k + v) / BYTES_PER_CLOCK * (shortage + 0.01 * abs(config.k_stages - config.v_stages))
+    return (k + v) / BYTES_PER_CLOCK * (shortage + 0.01 * abs(config.k_stages / config.k_pieces - config.v_stages))
 
 
 def choose(problem: Problem, arch: str = "sm_100a") -> Config:
