@@ -131,7 +131,8 @@ def decode(
                rows, see `DecodeStats`), for each split apart
     num_splits parts into which the tiles of each KV head are cut, to be computed side by side; at most as many as there
                are tiles. None: the tiles of the whole batch are spread evenly over the device. Each part has a running
-               maximum of its own, which begins with those of the sequence's last and first tile.
+               maximum of its own, which begins with those of the sequence's last and first tile. Each part's result is
+               kept in fp32 until all are there: a number of parts for which that takes more than 4 GiB is a ValueError
     share_max  parts tell each other their running maxima, and so skip more. Who hears of what depends on timing:
                results then vary from run to run, within what the threshold allows. Otherwise they do not.
     return_stats  `AttentionOutput.stats` is a `DecodeStats`

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+PARTIAL_BYTES_MAX = 4 << 30  # of one call
 SEEDS = 2  # the first positions of an item, whose scores every part of it looks at
 
 
