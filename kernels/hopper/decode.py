@@ -379,51 +379,47 @@ class HopperDecode:
 
     # ---- load
 
-    @cute.jit
-    def load_k(self, operands: KernelOperands, shared: Shared):
-        plan = operands.plan
-        k = producer_cursor()
-        target = self._in_boxes(shared.sK)
-        walk = self._first(operands, shared)
-        while plan.more(walk):
-            segment = plan.segment(walk)
-            keys = self._keys(plan.band(segment.seqlen_k))
-            blocks = self._blocks(operands.k.cache, segment, keys, plan.n_block(segment, Int32(0)))
-            for look in cutlass.range(plan.looks(segment), unroll=1):
-                following = self._blocks(operands.k.cache, segment, keys, plan.n_block(segment, look + 1))
-                with span("load K"):
-                    shared.k_ring.acquire(k)
-                    shared.k_ring.expect(k, self.k_bytes)
-                    n_block = plan.n_block(segment, look)
-                    self._load_tile(operands.k, target, shared.k_ring, k, segment, n_block, blocks)
-                k = shared.k_ring.advanced(k)
-                blocks = following
-            walk = plan.next(walk)
+    def load_k(self, operands: KernelOperands, shared: Shared) -> None:
+        self._load(operands, shared, operands.k, shared.sK, shared.k_ring, self.k_bytes, "load K", False)
+
+    def load_v(self, operands: KernelOperands, shared: Shared) -> None:
+        self._load(operands, shared, operands.v, shared.sV, shared.v_ring, self.v_bytes, "load V", self.sparse)
 
     @cute.jit
-    def load_v(self, operands: KernelOperands, shared: Shared):
+    def _load(
+        self,
+        operands: KernelOperands,
+        shared: Shared,
+        tma: TmaCache,
+        tiles: cute.Tensor,
+        ring: Ring,
+        tile_bytes: cutlass.Constexpr[int],
+        name: cutlass.Constexpr[str],
+        awaits_decision: cutlass.Constexpr[bool],
+    ):
+        """K or V of every tile that is looked at; or, once it is decided, of those that are kept."""
         plan = operands.plan
-        v, decision = producer_cursor(), consumer_cursor()
-        target = self._in_boxes(shared.sV)
+        slot, decision = producer_cursor(), consumer_cursor()
+        target = self._in_boxes(tiles)
         walk = self._first(operands, shared)
         while plan.more(walk):
             segment = plan.segment(walk)
             keys = self._keys(plan.band(segment.seqlen_k))
-            blocks = self._blocks(operands.v.cache, segment, keys, plan.n_block(segment, Int32(0)))
+            blocks = self._blocks(tma.cache, segment, keys, plan.n_block(segment, Int32(0)))
             for look in cutlass.range(plan.looks(segment), unroll=1):
-                following = self._blocks(operands.v.cache, segment, keys, plan.n_block(segment, look + 1))
+                following = self._blocks(tma.cache, segment, keys, plan.n_block(segment, look + 1))
                 wanted = Boolean(True)
-                if const_expr(self.sparse):
+                if const_expr(awaits_decision):
                     with span("await decision"):
                         wanted = self._is_kept(shared, decision)
                     decision = shared.decision_ring.advanced(decision)
                 if wanted:
-                    with span("load V"):
-                        shared.v_ring.acquire(v)
-                        shared.v_ring.expect(v, self.v_bytes)
+                    with span(name):
+                        ring.acquire(slot)
+                        ring.expect(slot, tile_bytes)
                         n_block = plan.n_block(segment, look)
-                        self._load_tile(operands.v, target, shared.v_ring, v, segment, n_block, blocks)
-                    v = shared.v_ring.advanced(v)
+                        self._load_tile(tma, target, ring, slot, segment, n_block, blocks)
+                    slot = ring.advanced(slot)
                 blocks = following
             walk = plan.next(walk)
 
