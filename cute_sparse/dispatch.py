@@ -426,9 +426,13 @@ class EmulatedTarget:
             if tensor is not None:
                 self.device.register(tensor, name)
         try:
-            yield
-        finally:
-            self.device.raise_pending()  # what the emulator found wrong, rather than its error code
+            try:
+                yield
+            finally:
+                self.device.raise_pending()  # what the emulator found wrong, rather than its error code
+        except BaseException:
+            self._memory.of_stream.clear()  # a launch that was stopped half way has not left its counters zero
+            raise
 
     def stream(self) -> int:
         return 0

@@ -488,6 +488,23 @@ def test_an_architecture_without_a_kernel_is_refused_by_name(monkeypatch, kind):
 # ---- Devices ----
 
 
+def test_a_launch_that_was_stopped_half_way_leaves_no_counters_behind():
+    class Stopped:
+        sms = 1
+
+        def register(self, tensor, name):
+            pass
+
+        def raise_pending(self):
+            raise RuntimeError("stopped")
+
+    target = dispatch.EmulatedTarget("sm_90a", Stopped())
+    target.zeroed(0, 8).fill_(3)
+    with pytest.raises(RuntimeError, match="stopped"), target.ready((), ()):
+        pass
+    assert not target.zeroed(0, 8).any()
+
+
 def test_warmup_says_what_is_wrong(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="no CUDA device; .*arch= .sm_90a"):
