@@ -26,6 +26,7 @@ from cute_sparse.threshold import threshold_from_model, threshold_from_scale_fac
 SCALE_FACTORS = tuple(float(2.0**exponent) for exponent in range(-6, 15))
 FORMAT = 2
 FORMULA = "a * exp(b * target_sparsity)"  # as Model Optimizer writes it
+ALGORITHM = "skip_softmax"  # of a group of layers; others' coefficients mean something else
 PHASES = ("prefill", "decode")
 
 Phase = Literal["prefill", "decode"]
@@ -211,6 +212,7 @@ def load_model_optimizer(path: str | Path) -> Checkpoint:
         section = json.loads(Path(path).read_text())["sparse_attention_config"]
         # Older versions wrote the calibration beside the groups, and the target by another name.
         places = [section, *section.get("config_groups", {}).values()]
+        places = [place for place in places if place.get("algorithm", ALGORITHM) == ALGORITHM]
         (place,) = (place for place in places if isinstance(place.get("threshold_scale_factor"), dict))
         fitted, target = place["threshold_scale_factor"], place.get("target_sparsity", place.get("target_sparse_ratio"))
         if fitted.get("formula", FORMULA) != FORMULA:

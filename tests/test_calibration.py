@@ -119,7 +119,9 @@ EXPORTED = {
             "threshold_scale_factor": FITTED, "target_sparsity": {"prefill": 0.5, "decode": 0.3}}}},
         {"prefill": 0.5, "decode": 0.3}, ("model.layers.0.self_attn",)),
     "one target for both": (
-        {"config_groups": {"g": {"threshold_scale_factor": FITTED, "target_sparsity": 0.5}, "h": {"algorithm": "x"}}},
+        {"config_groups": {
+            "g": {"threshold_scale_factor": FITTED, "target_sparsity": 0.5},
+            "h": {"algorithm": "x", "threshold_scale_factor": {"prefill": {"a": 1, "b": 1}}}}},
         {"prefill": 0.5, "decode": 0.5}, ()),
     "an older version": (
         {"config_groups": {"group_0": {"sparse_algo": "softmax_skip"}}, "threshold_scale_factor": FITTED,
