@@ -15,7 +15,7 @@ from cute_sparse import threshold as thresholds
 from cute_sparse.emulator import chips, timing
 from cute_sparse.problem import TileGeometry
 from tests.conftest import EMULATED_ARCHS, Runner, reason_to_skip
-from tests.decode_cases import CASES, CONTIGUOUS, PAGED, DecodeCase, DecodeInputs, make_decode_inputs
+from tests.decode_cases import CASES, PAGED, DecodeCase, DecodeInputs, make_decode_inputs
 from tests.test_attention import TANH_ERROR, check_lse, tanh_slack
 
 
@@ -464,7 +464,7 @@ def test_any_number_of_sms_gives_the_oracle_s_result(arch, sms):
 
 
 def test_more_partial_results_than_can_be_kept_are_refused_by_their_bytes(arch):
-    """Not as many as there are tiles, which the plan of the whole batch over the device would not need either."""
+    """The most that are allowed are planned; one part more is an error that names what it would take."""
     pages = torch.zeros(1, 64, 1, 128, dtype=torch.bfloat16)
     table = torch.zeros(64, 4096, dtype=torch.int32)  # 4096 tiles of a sequence
     q = torch.zeros(64, 16, 16, 128, dtype=torch.bfloat16)  # 256 rows of one KV head
@@ -473,17 +473,17 @@ def test_more_partial_results_than_can_be_kept_are_refused_by_their_bytes(arch):
     most = (4 << 30) // per_split
     with cute_sparse.emulated(arch):
         with pytest.raises(ValueError, match=f"num_splits={most + 1} .* {per_split * (most + 1)} bytes"):
-            cute_sparse.decode(q, pages, pages, num_splits=most + 1, **given)
+            cute_sparse.decode(q, pages, pages, num_splits=most + 1, return_lse=True, return_stats=True, **given)
         options = dict(num_splits=most, causal=True, window_size=(None, None), softcap=0.0, softmax_scale=None)
         options |= dict(threshold=None, learnable_sink=None, share_max=False)
-        options |= dict(out=None, return_lse=False, return_stats=False)
+        options |= dict(out=None, return_lse=True, return_stats=True)
         plan = dispatch.plan_decode(q, pages, pages, given | options)
         assert 4 * plan.partials_shape[0] == per_split * most
 
 
 def test_combining_sixteen_splits_takes_one_trip_to_global_memory(arch):
     """By how much the last CTA to arrive, and any other, are later if such a trip takes longer."""
-    case = replace(CONTIGUOUS, lengths=(2048,), capacity=None, num_splits=16)
+    case = replace(PAGED, lengths=(1024,), heads_q=4, heads_kv=1, num_splits=16)
     chip, longer = chips.chip_of(arch), 100_000
     far = replace(chip, global_latency=chip.global_latency + longer)
     with cute_sparse.emulated(arch, sms=16) as device, timing.traced(device):
