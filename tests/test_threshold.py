@@ -122,6 +122,7 @@ def test_a_threshold_from_a_source_never_exceeds_one():
 def test_the_calibrated_model():
     """Qwen3-30B-A3B-2507, prefill, as published: a = 7.93, b = 8.61."""
     assert threshold_from_model(7.93, 8.61, 0.5, 65536) == pytest.approx(7.93 * math.exp(8.61 * 0.5) / 65536)
+    assert threshold_from_model(0.5, 0.0, 0.0, 2) == threshold_from_model(0.5, 0.0, 1.0, 2) == 0.25
     got = threshold_from_model(7.93, 8.61, 0.5, torch.tensor([4096, 65536]))
     assert got[0].item() == pytest.approx(16 * got[1].item())
 
