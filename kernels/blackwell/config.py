@@ -38,6 +38,7 @@ class Config:
     ctas             CTAs that stay and take work tile after work tile; 0 gives every CTA one work tile
     cta_pair         two CTAs share every product: 256 rows, 128 of each CTA; each holds half of K's rows and half of
                      V's columns. A work tile is then a pair's: two query heads of one KV head, or twice the rows
+    first_early      the first KV tile is visited right after those at the mask's edge (`TileGeometry`)
     """
 
     head_dim: int
@@ -55,6 +56,7 @@ class Config:
     registers_other: int
     ctas: int = SMS
     cta_pair: bool = False
+    first_early: bool = False
 
     def __post_init__(self) -> None:
         assert self.ctas % self.ctas_per_tile == 0, f"{self.ctas} CTAs are not pairs"
@@ -147,7 +149,10 @@ class Config:
     @property
     def geometry(self) -> TileGeometry:
         """Each query tile walks its own range of KV tiles and decides alone."""
-        return TileGeometry(tile_m=TILE_M, tile_rows=TILE_M, tile_n=self.tile_n)
+        tiles = dict(tile_m=TILE_M, tile_rows=TILE_M, tile_n=self.tile_n)
+        if not self.first_early:
+            return TileGeometry(**tiles)
+        return TileGeometry(**tiles, order="first_early", cta_m=TILE_M * self.query_tiles)
 
 
 def candidates(problem: Problem, arch: str = "sm_100a") -> list[Config]:
@@ -168,10 +173,11 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[Config]:
     return [config for config in configs if config is not None]
 
 
-# What ptxas 13.0 compiles without spilling in a loop over KV tiles: 200, 56, 56 spills 8 bytes of the sparse kernel
-# with a full mask at d128; 192, 64, 64 up to 36 bytes of packed ones.
-_TWO_TILES = dict(registers_softmax=200, registers_correction=56, registers_other=56)
-_TWO_TILES_SPARSE_FULL = dict(registers_softmax=192, registers_correction=64, registers_other=64)
+# What ptxas 13.0 compiles without spilling in a loop over KV tiles: 200, 64, 48 spills 24 bytes of the causal sparse
+# kernel with LSE and counts at d128; 192, 64, 64 up to 36 bytes of packed ones (and outside its loops 12 to 20 of the
+# sparse kernel with a full mask, LSE and counts; other splits up to 100); 200, 56, 56 up to 56 of dense pairs with LSE.
+_TWO_TILES = dict(registers_softmax=200, registers_correction=64, registers_other=48)
+_TWO_TILES_SPARSE = dict(registers_softmax=192, registers_correction=64, registers_other=64)
 _ONE_TILE = dict(registers_softmax=248, registers_correction=112, registers_other=128)
 
 
@@ -209,7 +215,7 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
     stages = _ring_stages(left, k_bytes, v_bytes)
     if stages is None:
         return None
-    sparse_full = problem.sparsity is not None and problem.mask == "full" and not problem.varlen
+    sparse = problem.sparsity is not None and problem.mask != "band" and not problem.varlen
     return Config(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
@@ -223,7 +229,7 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
         exp2_emulated=exp2_emulated,
         cta_pair=pair,
         ctas=SMS if may_stay(problem) else 0,
-        **(_TWO_TILES_SPARSE_FULL if sparse_full else _TWO_TILES),
+        **(_TWO_TILES_SPARSE if sparse else _TWO_TILES),
     )
 
 

@@ -1,9 +1,9 @@
 """Prefill attention on Blackwell: out = softmax(mask(scale * Q K^T)) V, tile by tile, with the tile skip.
 
 q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v and out with head_dim_v, or
-packed tokens with cu_seqlens. Each query tile of 128 rows walks its KV tiles from the last to the first with
-the online softmax in base 2; a KV tile whose scores all lie ln(lambda) below the rows' running maxima is
-skipped: no exponential, no P V.
+packed tokens with cu_seqlens. Each query tile of 128 rows walks its KV tiles from the last to the first (the first
+one early where tiles are skipped, `TileGeometry`) with the online softmax in base 2; a KV tile whose scores all lie
+ln(lambda) below the rows' running maxima is skipped: no exponential, no P V.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_sparse.device.bundles import TMA_ALIGN_BYTES, PrefillOperands, TokenTensor, log2_threshold, prefill_operands
 from cute_sparse.device.events import span
-from cute_sparse.device.mask import Band, TileRange
+from cute_sparse.device.mask import Band, TileRange, first_early
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
 from cute_sparse.device.schedule import (
     NO_TILE,
@@ -155,6 +155,7 @@ class Work(NamedTuple):
     head_kv_idx: Any
     ranges: Any  # per query tile, the TileRange of its products; begin == end == 0 where there are none
     union: Any
+    whole_end: Any  # of the KV tiles that all rows of the CTA see whole, if their order is `first_early`
 
 
 class Thread(NamedTuple):
@@ -188,6 +189,10 @@ class Operand(NamedTuple):
     steps: Any  # per instruction, what to add
     slot_stride: Any
 
+    def of_slot(self, index: Int32) -> Int64:
+        """The descriptor of the first instruction of a ring's slot."""
+        return self.first + Int64(index * self.slot_stride)
+
 
 class Fragments(NamedTuple):
     """The operands of both products that are in shared memory."""
@@ -204,7 +209,8 @@ class Prefill:
       softmax     a warpgroup per query tile, a thread per row: S -> maximum, skip vote, P, row sum; it also
                   rescales O in tensor memory, in the rare tile that moves a reference by more than 2^8
       correction  a warpgroup: O / row sum -> global memory
-      mma         one warp, one elected thread: S = Q K^T and O += P V
+      mma         one warp, of which one elected thread does all of a work tile: S = Q K^T and O += P V. Electing
+                  one for each product took 122 warp instructions a tile of 128 x 128 instead of 107 (d64, causal)
       load        one warp: Q, K, V by TMA
       Elsewhere a correction warpgroup rescales O and so takes part in every tile; here the softmax warps, which
       know that nothing is to be done, do it: no message a tile, and P alone tells the MMA warp to go on. There
@@ -311,6 +317,11 @@ class Prefill:
                 f"{config.cta_pair=} with {problem.sparsity=}, {problem.varlen=}, {problem.mask=}: "
                 "pairs of CTAs compute dense problems, not packed, with a full or causal mask"
             )
+        if config.first_early and (config.cta_pair or problem.mask == "band"):
+            raise NotImplementedError(
+                f"{config.first_early=} with {config.cta_pair=}, {problem.mask=}: the first KV tile is visited "
+                "early by CTAs that stay alone, with a full or causal mask"
+            )
 
     @cute.jit
     def __call__(self, *values, stream):
@@ -408,9 +419,11 @@ class Prefill:
             self.softmax(op, pipes, tiles, schedule, base)
         elif warp < config.mma_warp:
             cute.arch.setmaxregister_decrease(config.registers_correction)
+            pipes, tiles, schedule = self._own_views(op, storage)
             self.correct(op, pipes, tiles, schedule, base)
         else:
             cute.arch.setmaxregister_decrease(config.registers_other)
+            pipes, tiles, schedule = self._own_views(op, storage)
             if warp == config.mma_warp:
                 if self._leads():
                     if const_expr(self.one_tile):
@@ -446,20 +459,19 @@ class Prefill:
             steps = work.union.end - work.union.begin
             skipping = Boolean(False)
             if steps > 0:
-                k_cursor = self._load_k(op, pipes, tKsK, tKgK, work.union.end - 1, k_cursor)
-                for s in cutlass.range_constexpr(config.query_tiles):
+                k_cursor = self._load_k(op, pipes, tKsK, tKgK, self._visited_tile(work, 0), k_cursor)
+                for s in self._query_tiles_as_multiplied():
                     if work.ranges[s].begin < work.ranges[s].end:
                         cute.arch.mbarrier_wait(pipes.q_empty + s, q_parity >> s & 1)
                         q_parity = q_parity ^ (1 << s)
                         self._load_q(op, pipes, tiles, mQ, self._first_row(op, tile, s), s)
             k_loaded = Int32(1)
             for i in cutlass.range(steps, unroll=1):
-                n_block = work.union.end - 1 - i
                 next_k = i + 1 < steps
                 if const_expr(self.k_two_ahead):
                     next_k = next_k and k_loaded <= i + 1
                 if next_k:
-                    k_cursor = self._load_k(op, pipes, tKsK, tKgK, n_block - 1, k_cursor)
+                    k_cursor = self._load_k(op, pipes, tKsK, tKgK, self._visited_tile(work, i + 1), k_cursor)
                     k_loaded = i + 2
                 with span("load V"):
                     pipes.v.acquire(v_cursor)
@@ -467,18 +479,25 @@ class Prefill:
                     if const_expr(self.sparse):
                         if not skipping and i >= self.v_lag:
                             # The slot's last reader, P V of that tile, was issued after everybody's decision on it.
-                            skipping = not self._wanted(pipes, tiles, work, counts, n_block + self.v_lag, False)
+                            skipping = not self._wanted(pipes, tiles, work, counts, i - self.v_lag, False)
                         if skipping:
                             # If the vote is to skip, Q K^T of the next tile follows at once, and then needs this K.
                             if const_expr(self.k_two_ahead):
                                 if k_loaded <= i + 2 and i + 2 < steps:
-                                    k_cursor = self._load_k(op, pipes, tKsK, tKgK, n_block - 2, k_cursor)
+                                    k_cursor = self._load_k(
+                                        op, pipes, tKsK, tKgK, self._visited_tile(work, i + 2), k_cursor
+                                    )
                                     k_loaded = i + 3
-                            fetch = self._wanted(pipes, tiles, work, counts, n_block, True)
+                            fetch = self._wanted(pipes, tiles, work, counts, i, True)
                             skipping = not fetch
-                    v_cursor = self._load_v(op, pipes, tVsV, tVgV, n_block, v_cursor, fetch)
+                    v_cursor = self._load_v(op, pipes, tVsV, tVgV, self._visited_tile(work, i), v_cursor, fetch)
             counts = added(counts, [r.end - r.begin for r in work.ranges])
             tile, claim = schedule.next_for_producer(tile, claim)
+
+    def _query_tiles_as_multiplied(self) -> list[int]:
+        """The last rows first, if they see a KV tile that the others do not."""
+        numbers = range(self.config.query_tiles)
+        return list(numbers if self.problem.mask == "full" else reversed(numbers))
 
     @cute.jit
     def _load_q(
@@ -530,13 +549,14 @@ class Prefill:
 
     @cute.jit
     def _wanted(
-        self, pipes: Pipes, tiles: Tiles, work: Work, counts, n_block: Int32, wait: cutlass.Constexpr[bool]
+        self, pipes: Pipes, tiles: Tiles, work: Work, counts, i: Int32, wait: cutlass.Constexpr[bool]
     ) -> Boolean:
-        """Whether any query tile keeps a KV tile, once one has or all have decided, for which to `wait`."""
+        """Whether any query tile keeps the i-th KV tile, once one has or all have decided, for which to `wait`."""
         wanted = Boolean(False)
         for s in cutlass.range_constexpr(self.config.query_tiles):
-            if not wanted and work.ranges[s].begin <= n_block and n_block < work.ranges[s].end:
-                number = counts[s] + work.ranges[s].end - 1 - n_block
+            before = i - (work.union.end - work.ranges[s].end)  # KV tiles of the query tile before this one
+            if not wanted and is_within(before, 0, work.ranges[s].end - work.ranges[s].begin):
+                number = counts[s] + before
                 if const_expr(wait):
                     kept = self._decided(pipes, tiles, s, number)
                 else:
@@ -548,177 +568,240 @@ class Prefill:
 
     @cute.jit
     def multiply(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
-        """Two query tiles. Step i multiplies P of KV tile i - 1 with its V, and Q with K of tile i."""
-        plan = self.config.tmem
+        """Two query tiles. Of each work tile one thread does everything: it waits, issues and commits."""
         fragments = self._fragments(op, tiles)
         k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
-        q_parity, p_parity, o_parity = Int32(0), Int32(0), Int32(0b11)  # one bit a query tile; P: of kept tiles
+        p_parity = Int32(0)  # one bit a query tile: of kept tiles
+        work_parity = Int32(0)  # one bit a query tile: of work tiles in which it has KV tiles
         counts = [Int32(0), Int32(0)]  # KV tiles of each query tile in the work tiles before
         tile, claim = schedule.first()
         while tile.m_block != NO_TILE:
             work = self._work(op, tile)
-            begins, sizes = [r.begin for r in work.ranges], [r.end - r.begin for r in work.ranges]
-            steps = work.union.end - work.union.begin
-            started = Int32(0)  # one bit a query tile: O holds something
-            if sizes[0] > 0:
-                cute.arch.mbarrier_wait(pipes.q_full, q_parity & 1)
-                q_parity = q_parity ^ 1
-            for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
-                n_block = work.union.end - 1 - i
-                with span("products"):
-                    wanted = Boolean(i > 0)  # V is read
-                    if const_expr(self.sparse):
-                        wanted = Boolean(False)
-                    elif wanted:
-                        pipes.v.wait(v_cursor)
-                    for s in cutlass.range_constexpr(2):
-                        if is_within(n_block + 1, begins[s], sizes[s]):
-                            if self._kept(pipes, tiles, s, counts[s] + begins[s] + sizes[s] - 2 - n_block):
-                                if const_expr(self.sparse):
-                                    pipes.v.wait(v_cursor)
-                                    wanted = Boolean(True)
-                                cute.arch.mbarrier_wait(pipes.p_ready + s, p_parity >> s & 1)
-                                tmem.fence_after_sync()
-                                if const_expr(self.persistent):
-                                    if started >> s & 1 == 0:
-                                        cute.arch.mbarrier_wait(pipes.o_free + s, o_parity >> s & 1)
-                                        tmem.fence_after_sync()
-                                        o_parity = o_parity ^ (1 << s)
-                                self._values(
-                                    fragments,
-                                    base + plan.outputs[s],
-                                    base + plan.probabilities[s],
-                                    v_cursor.index,
-                                    0,
-                                    started >> s & 1 != 0,
-                                    pipes.p_rest + s,
-                                    p_parity >> s & 1,
-                                )
-                                p_parity = p_parity ^ (1 << s)
-                                started = started | (1 << s)
-                        active = is_within(n_block, begins[s], sizes[s])
-                        scores = base + plan.scores[s]
-                        if const_expr(s == 0):
-                            if i < steps:
-                                pipes.k.wait(k_cursor)
-                            if active:
-                                with cute.arch.elect_one():
-                                    self._scores(fragments, scores, s, 0, k_cursor.index)
-                                    umma.commit(pipes.s_full + s, self.pair)
-                        else:
-                            if n_block == begins[s] + sizes[s] - 1 and sizes[s] > 0:
-                                cute.arch.mbarrier_wait(pipes.q_full + s, q_parity >> s & 1)
-                                q_parity = q_parity ^ (1 << s)
-                            with cute.arch.elect_one():
-                                self._close_step(
-                                    fragments, pipes, scores, k_cursor, v_cursor, active, wanted, i, steps, sizes
-                                )
-                if i > 0:
-                    if const_expr(self.sparse):
-                        if not wanted:
-                            pipes.v.wait(v_cursor)
-                            pipes.v.release(v_cursor)
-                    v_cursor = pipes.v.advanced(v_cursor)
-                if i < steps:
-                    k_cursor = pipes.k.advanced(k_cursor)
-            with cute.arch.elect_one():
-                self._commit_active(pipes.o_done, sizes)
+            sizes = [r.end - r.begin for r in work.ranges]
+            if umma.elected():
+                k_cursor, v_cursor, p_parity = self._multiply_work(
+                    fragments, pipes, tiles, base, work, sizes, counts, k_cursor, v_cursor, p_parity, work_parity
+                )
+            cute.arch.sync_warp()
+            for s in cutlass.range_constexpr(2):
+                work_parity = work_parity ^ (Int32(sizes[s] > 0) << s)
             counts = added(counts, sizes)
             tile, claim = schedule.next(tile, claim)
 
     @cute.jit
+    def _multiply_work(
+        self,
+        fragments: Fragments,
+        pipes: Pipes,
+        tiles: Tiles,
+        base: cutlass.Constexpr[int],
+        work: Work,
+        sizes,
+        counts,
+        k_cursor: Cursor,
+        v_cursor: Cursor,
+        p_parity: Int32,
+        work_parity: Int32,
+    ):
+        """One thread, a work tile. Step i multiplies P of the i-th KV tile with its V, and Q with K of the next."""
+        plan = self.config.tmem
+        steps = work.union.end - work.union.begin
+        # The step of a query tile's first KV tile; opaque, because the compiler would otherwise subtract in every step.
+        firsts = [umma.opaque(work.union.end - r.end) for r in work.ranges]
+        if steps > 0:
+            pipes.k.wait(k_cursor)
+            for s in cutlass.range_constexpr(2):
+                self._next_scores(fragments, pipes, base, k_cursor, s, -firsts[s], sizes[s], work_parity)
+            k_cursor = self._leave_k(pipes, k_cursor, steps == 1, sizes)
+        for i in cutlass.range(steps, unroll=1):
+            with span("products"):
+                wanted = Boolean(not self.sparse)  # V is read
+                if const_expr(not self.sparse):
+                    pipes.v.wait(v_cursor)
+                for s in cutlass.range_constexpr(2):
+                    before = i - firsts[s]  # KV tiles of the query tile before this one
+                    if is_within(before, 0, sizes[s]):
+                        number = counts[s] + before
+                        if self._kept(pipes, tiles, s, number):
+                            parity = number & 1
+                            if const_expr(self.sparse):
+                                pipes.v.wait(v_cursor)
+                                wanted = Boolean(True)
+                                parity = p_parity >> s & 1
+                                p_parity = p_parity ^ (1 << s)
+                            cute.arch.mbarrier_wait(pipes.p_ready + s, parity)
+                            tmem.fence_after_sync()
+                            if const_expr(self.persistent):
+                                if before == 0:  # which is always kept
+                                    cute.arch.mbarrier_wait(pipes.o_free + s, (work_parity >> s & 1) ^ 1)
+                                    tmem.fence_after_sync()
+                            self._values(
+                                fragments,
+                                base + plan.outputs[s],
+                                base + plan.probabilities[s],
+                                fragments.v.of_slot(v_cursor.index),
+                                0,
+                                before != 0,
+                                pipes.p_rest + s,
+                                parity,
+                            )
+                    if const_expr(s == 0):
+                        if i + 1 < steps:
+                            pipes.k.wait(k_cursor)
+                    elif wanted:
+                        umma.commit(pipes.v.empty(v_cursor), self.pair)
+                    self._next_scores(fragments, pipes, base, k_cursor, s, before + 1, sizes[s], work_parity)
+                if const_expr(self.sparse):
+                    if not wanted:
+                        pipes.v.wait(v_cursor)
+                        cute.arch.mbarrier_arrive(pipes.v.empty(v_cursor))
+                v_cursor = pipes.v.advanced(v_cursor)
+                if i + 1 < steps:
+                    k_cursor = self._leave_k(pipes, k_cursor, i + 2 == steps, sizes)
+        self._commit_active(pipes.o_done, sizes)
+        return k_cursor, v_cursor, p_parity
+
+    @cute.jit
+    def _next_scores(
+        self,
+        fragments: Fragments,
+        pipes: Pipes,
+        base: cutlass.Constexpr[int],
+        k_cursor: Cursor,
+        query_tile: cutlass.Constexpr[int],
+        before: Int32,
+        size: Int32,
+        work_parity: Int32,
+    ):
+        """One thread: S of the KV tile after the first `before` of a query tile's `size`, if there is one."""
+        if is_within(before, 0, size):
+            if before == 0:
+                cute.arch.mbarrier_wait(pipes.q_full + query_tile, work_parity >> query_tile & 1)
+            scores = base + self.config.tmem.scores[query_tile]
+            self._scores(fragments, scores, query_tile, 0, fragments.k.of_slot(k_cursor.index))
+            umma.commit(pipes.s_full + query_tile, self.pair)
+
+    @cute.jit
+    def _leave_k(self, pipes: Pipes, k_cursor: Cursor, last: Boolean, sizes):
+        """One thread: K of a KV tile is read, and if it is the `last`, so is Q; the next slot."""
+        umma.commit(pipes.k.empty(k_cursor), self.pair)
+        if last:
+            self._commit_active(pipes.q_empty, sizes)
+        return pipes.k.advanced(k_cursor)
+
+    @cute.jit
     def multiply_one_tile(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
-        """One query tile. Step i multiplies Q with K of KV tile i, then P of tile i - 1 with its V."""
-        config, plan = self.config, self.config.tmem
+        """One query tile. Of each work tile one thread does everything, as in `multiply`."""
         fragments = self._fragments(op, tiles)
         k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
-        q_parity, o_parity = Int32(0), Int32(1)
         first = Int32(0)  # KV tiles before this work tile
-        p_parity = Int32(0)  # one bit a buffer of S: kept tiles only
+        p_parity = Int32(0)  # one bit a buffer of S: of kept tiles
+        work_parity = Int32(0)  # of work tiles that have KV tiles
         tile, claim = schedule.first()
         while tile.m_block != NO_TILE:
             work = self._work(op, tile)
             steps = work.union.end - work.union.begin
-            started = Int32(0)
-            for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
-                with span("Q K^T"):
-                    if i < steps:
-                        if i == 0:
-                            cute.arch.mbarrier_wait(pipes.q_full, q_parity)
-                            q_parity = q_parity ^ 1
-                        buffer = (first + i) & 1
-                        for chunk in cutlass.range_constexpr(config.k_chunks):
-                            pipes.k.wait(k_cursor)
-                            scores = base + plan.scores[0] + buffer * plan.buffer_stride
-                            with cute.arch.elect_one():
-                                self._scores(fragments, scores, 0, chunk, k_cursor.index)
-                                if const_expr(chunk == config.k_chunks - 1):
-                                    umma.commit(pipes.s_full + buffer, self.pair)
-                                umma.commit(pipes.k.empty(k_cursor), self.pair)
-                            k_cursor = pipes.k.advanced(k_cursor)
-                        if i == steps - 1:
-                            with cute.arch.elect_one():
-                                umma.commit(pipes.q_empty, self.pair)
-                with span("P V"):
-                    if i > 0:
-                        last = first + i - 1
-                        buffer = last & 1
-                        keep = self._kept(pipes, tiles, 0, last)
-                        if keep:
-                            cute.arch.mbarrier_wait(pipes.p_ready + buffer, p_parity >> buffer & 1)
-                            tmem.fence_after_sync()
-                            if const_expr(self.persistent):
-                                if started == 0:
-                                    cute.arch.mbarrier_wait(pipes.o_free, o_parity)
-                                    tmem.fence_after_sync()
-                                    o_parity = o_parity ^ 1
-                        for chunk in cutlass.range_constexpr(config.v_chunks):
-                            pipes.v.wait(v_cursor)
-                            if keep:
-                                self._values(
-                                    fragments,
-                                    base + plan.outputs[0] + chunk * config.v_chunk,
-                                    base + plan.probabilities[0] + buffer * plan.buffer_stride,
-                                    v_cursor.index,
-                                    chunk,
-                                    started != 0,
-                                    pipes.p_rest + buffer,
-                                    p_parity >> buffer & 1,
-                                )
-                            with cute.arch.elect_one():
-                                umma.commit(pipes.v.empty(v_cursor), self.pair)
-                            v_cursor = pipes.v.advanced(v_cursor)
-                        if keep:
-                            with cute.arch.elect_one():
-                                umma.commit(pipes.o_step, self.pair)
-                            p_parity = p_parity ^ (1 << buffer)
-                            started = Int32(1)
-                        if i == steps:
-                            with cute.arch.elect_one():
-                                umma.commit(pipes.o_done, self.pair)
+            if umma.elected():
+                k_cursor, v_cursor, p_parity = self._multiply_work_of_one_tile(
+                    fragments, pipes, tiles, base, steps, first, k_cursor, v_cursor, p_parity, work_parity
+                )
+            cute.arch.sync_warp()
+            work_parity = work_parity ^ Int32(steps > 0)
             first += steps
             tile, claim = schedule.next(tile, claim)
 
+    @cute.jit
+    def _multiply_work_of_one_tile(
+        self,
+        fragments: Fragments,
+        pipes: Pipes,
+        tiles: Tiles,
+        base: cutlass.Constexpr[int],
+        steps: Int32,
+        first: Int32,
+        k_cursor: Cursor,
+        v_cursor: Cursor,
+        p_parity: Int32,
+        work_parity: Int32,
+    ):
+        """One thread, a work tile. Step i multiplies Q with K of the i-th KV tile, then P of the last with its V."""
+        config, plan = self.config, self.config.tmem
+        for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
+            with span("Q K^T"):
+                if i < steps:
+                    if i == 0:
+                        cute.arch.mbarrier_wait(pipes.q_full, work_parity)
+                    buffer = (first + i) & 1
+                    for chunk in cutlass.range_constexpr(config.k_chunks):
+                        pipes.k.wait(k_cursor)
+                        scores = base + plan.scores[0] + buffer * plan.buffer_stride
+                        self._scores(fragments, scores, 0, chunk, fragments.k.of_slot(k_cursor.index))
+                        if const_expr(chunk == config.k_chunks - 1):
+                            umma.commit(pipes.s_full + buffer, self.pair)
+                        umma.commit(pipes.k.empty(k_cursor), self.pair)
+                        k_cursor = pipes.k.advanced(k_cursor)
+                    if i == steps - 1:
+                        umma.commit(pipes.q_empty, self.pair)
+            with span("P V"):
+                if i > 0:
+                    last = first + i - 1
+                    buffer = last & 1
+                    keep = self._kept(pipes, tiles, 0, last)
+                    if keep:
+                        cute.arch.mbarrier_wait(pipes.p_ready + buffer, p_parity >> buffer & 1)
+                        tmem.fence_after_sync()
+                        if const_expr(self.persistent):
+                            if i == 1:  # the first KV tile, which is always kept
+                                cute.arch.mbarrier_wait(pipes.o_free, work_parity ^ 1)
+                                tmem.fence_after_sync()
+                    for chunk in cutlass.range_constexpr(config.v_chunks):
+                        pipes.v.wait(v_cursor)
+                        if keep:
+                            self._values(
+                                fragments,
+                                base + plan.outputs[0] + chunk * config.v_chunk,
+                                base + plan.probabilities[0] + buffer * plan.buffer_stride,
+                                fragments.v.of_slot(v_cursor.index),
+                                chunk,
+                                i != 1,
+                                pipes.p_rest + buffer,
+                                p_parity >> buffer & 1,
+                            )
+                        umma.commit(pipes.v.empty(v_cursor), self.pair)
+                        v_cursor = pipes.v.advanced(v_cursor)
+                    if keep:
+                        umma.commit(pipes.o_step, self.pair)
+                        p_parity = p_parity ^ (1 << buffer)
+                    if i == steps:
+                        umma.commit(pipes.o_done, self.pair)
+        return k_cursor, v_cursor, p_parity
+
     def _kept(self, pipes: Pipes, tiles: Tiles, query_tile: int, number: Int32):
-        """Whether there will be a P of a query tile's `number`-th KV tile: always, in a dense problem. If not, S is
-        read. Known long before P is ready, and so not waited for beside it."""
+        """One thread: whether there will be a P of a query tile's `number`-th KV tile: always, in a dense problem. If
+        not, S is read. Known long before P is ready, and so not waited for beside it."""
         if not self.sparse:
             return True
-        kept = self._decided(pipes, tiles, query_tile, number)
+        self._await_decision(pipes, query_tile, number)
         tmem.fence_after_sync()
-        return kept
+        return self._is_wanted(tiles, query_tile, number)
 
     def _decided(self, pipes: Pipes, tiles: Tiles, query_tile, number: Int32) -> Boolean:
-        """Whether a query tile's `number`-th KV tile is kept, once its four warps have voted."""
+        """The whole warp: whether a query tile's `number`-th KV tile is kept, once its four warps have voted."""
+        self._await_decision(pipes, query_tile, number)
+        return self._decision(tiles, query_tile, number)
+
+    def _await_decision(self, pipes: Pipes, query_tile, number: Int32) -> None:
         barrier = pipes.decided + self._decision_slot(query_tile, number)
         cute.arch.mbarrier_wait(barrier, number >> DECISIONS_LOG2 & 1)
-        return self._decision(tiles, query_tile, number)
 
     def _decision(self, tiles: Tiles, query_tile, number: Int32) -> Boolean:
         """The whole warp reads whether any of the four voted for a KV tile."""
-        kept = tiles.sVotes[self._decision_slot(query_tile, number)] != 0
+        wanted = self._is_wanted(tiles, query_tile, number)
         cute.arch.sync_warp()  # all lanes have read before one of them lets the slot be written again
-        return kept
+        return wanted
+
+    def _is_wanted(self, tiles: Tiles, query_tile, number: Int32) -> Boolean:
+        return tiles.sVotes[self._decision_slot(query_tile, number)] != 0
 
     def _decision_slot(self, query_tile, number: Int32) -> Int32:
         return query_tile * DECISIONS + (number & (DECISIONS - 1))
@@ -729,19 +812,6 @@ class Prefill:
             _operand(op.mma_s.make_fragment_B(tiles.sK)),
             _operand(op.mma_o.make_fragment_B(tiles.sV)),
         )
-
-    @cute.jit
-    def _close_step(self, fragments, pipes, scores, k_cursor, v_cursor, active, wanted, i, steps, sizes):
-        """One thread, the end of step i of `multiply`: V is read, S of query tile 1 made, K read, and at last Q."""
-        if wanted:
-            umma.commit(pipes.v.empty(v_cursor), self.pair)
-        if active:
-            self._scores(fragments, scores, 1, 0, k_cursor.index)
-            umma.commit(pipes.s_full + 1, self.pair)
-        if i < steps:
-            umma.commit(pipes.k.empty(k_cursor), self.pair)
-        if i == steps - 1:
-            self._commit_active(pipes.q_empty, sizes)
 
     @cute.jit
     def _commit_active(self, barriers, sizes):
@@ -757,13 +827,12 @@ class Prefill:
         accumulator: Int32,
         query_tile: cutlass.Constexpr[int],
         chunk: cutlass.Constexpr[int],
-        k_slot: Int32,
+        k_first: Int64,
     ):
-        """One thread: S = Q K^T, or for a later chunk of head_dim, S += Q K^T."""
+        """One thread: S = Q K^T, or for a later chunk of head_dim, S += Q K^T; k_first: of K's slot."""
         q, k = fragments.q, fragments.k
         # Recomputed here, because the compiler would otherwise hold one register pair an instruction.
         q_first = umma.opaque(q.first) + query_tile * q.slot_stride
-        k_first = k.first + Int64(k_slot * k.slot_stride)
         for step in cutlass.range_constexpr(self.steps_k):
             q_step = q_first + q.steps[chunk * self.steps_k + step]
             accumulate = chunk > 0 or step > 0
@@ -776,21 +845,20 @@ class Prefill:
         fragments: Fragments,
         accumulator: Int32,
         probabilities: Int32,
-        v_slot: Int32,
+        v_first: Int64,
         chunk: cutlass.Constexpr[int],
         accumulate,
         rest_barrier,
         rest_parity,
     ):
-        """O (+)= P V for the columns of one chunk of V; the first chunk waits for the rest of P."""
+        """One thread: O (+)= P V for the columns of one chunk of V, whose slot v_first describes; the first chunk waits
+        for the rest of P."""
         v = fragments.v
-        v_first = v.first + Int64(v_slot * v.slot_stride)
-        with cute.arch.elect_one():
-            for step in cutlass.range_constexpr(self.steps_v):
-                if const_expr(chunk == 0 and step == self.steps_early):
-                    cute.arch.mbarrier_wait(rest_barrier, rest_parity)
-                    tmem.fence_after_sync()
-                self._value_step(accumulator, probabilities, v_first, v, step, accumulate if step == 0 else True)
+        for step in cutlass.range_constexpr(self.steps_v):
+            if const_expr(chunk == 0 and step == self.steps_early):
+                cute.arch.mbarrier_wait(rest_barrier, rest_parity)
+                tmem.fence_after_sync()
+            self._value_step(accumulator, probabilities, v_first, v, step, accumulate if step == 0 else True)
 
     def _value_step(self, accumulator, probabilities, v_first, v, step, accumulate) -> None:
         p_step = probabilities + step * umma.INSTRUCTION_K // 2  # two elements of P a column
@@ -835,14 +903,16 @@ class Prefill:
                 whole = band.whole(first_row, TILE_M)
                 whole_end = cutlass.max(cutlass.min(whole.end, visited.end - 1), visited.begin)
                 whole_begin = cutlass.min(cutlass.max(whole.begin, visited.begin), whole_end)
-                self._softmax_tile(step, visited.end - 1, count, True, True)
+                cta_whole_end = self._whole_end(op, band, tile)
+                self._softmax_tile(step, self._in_order(visited.end - 1, cta_whole_end), count, True, True)
                 count += 1
                 if const_expr(band.has_right):
                     for i in cutlass.range(visited.end - 1 - whole_end, unroll=1):
                         self._softmax_tile(step, visited.end - 2 - i, count, False, True)
                         count += 1
                 for i in cutlass.range(whole_end - whole_begin, unroll=1):
-                    self._softmax_tile(step, whole_end - 1 - i, count, False, False)
+                    n_block = self._in_order(whole_end - 1 - i, cta_whole_end)
+                    self._softmax_tile(step, n_block, count, False, False)
                     count += 1
                 if const_expr(band.has_left):
                     for i in cutlass.range(whole_begin - visited.begin, unroll=1):
@@ -1154,7 +1224,8 @@ class Prefill:
         band = self._band(op, span_q, span_k)
         ranges = [self._products(op, band, tile, s) for s in range(self.config.query_tiles)]
         head_idx = self._head_idx(op, tile)
-        return Work(span_q, span_k, head_idx, head_idx // op.group, ranges, union(ranges))
+        whole_end = self._whole_end(op, band, tile)
+        return Work(span_q, span_k, head_idx, head_idx // op.group, ranges, union(ranges), whole_end)
 
     def _head_idx(self, op: Operands, tile: WorkTile):
         """The query head of this CTA; a pair's work tile numbers its heads together."""
@@ -1173,6 +1244,20 @@ class Prefill:
         """The KV tiles that a query tile is multiplied with: all that its rows see, or the other CTA's."""
         rows = op.pairing.rows if self.pair else TILE_M
         return tile_range(band, (tile.m_block * self.config.query_tiles + query_tile) * rows, rows)
+
+    def _whole_end(self, op: Operands, band: Band, tile: WorkTile):
+        """The end of the KV tiles that all rows of the CTA see whole; None where the order does not depend on it."""
+        if not self.config.first_early:
+            return None
+        return band.whole(self._first_row(op, tile, 0), self.config.query_tiles * TILE_M).end
+
+    def _in_order(self, n_block, whole_end):
+        """The KV tile in the place of `n_block`, counted down."""
+        return first_early(n_block, whole_end) if self.config.first_early else n_block
+
+    def _visited_tile(self, work: Work, i):
+        """The i-th KV tile of a work tile."""
+        return self._in_order(work.union.end - 1 - i, work.whole_end)
 
     def _threshold_log2(self, op: Operands, head_idx, batch_idx):
         if not self.sparse:
@@ -1197,6 +1282,12 @@ class Prefill:
     def _tile_ring(self, storage) -> Ring:
         """Work tiles go from the load warp to every softmax, correction and MMA warp."""
         return Ring(storage.tile_ring.data_ptr(), TILE_SLOTS, self.config.mma_warp + 1)
+
+    def _own_views(self, op: Operands, storage):
+        """What a role uses of shared memory, from a base of its own. Addresses from a common one would be held in
+        uniform registers from the kernel's first instruction on, of which ptxas would spill some in pairs of CTAs."""
+        storage = self.storage(umma.recomputed(storage.base))
+        return self._pipes(storage), self._tiles(op, storage), self._schedule(op, storage)
 
     def _pipes(self, storage) -> Pipes:
         config = self.config

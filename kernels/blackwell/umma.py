@@ -39,14 +39,27 @@ def descriptor(fragment: cute.Tensor) -> Int64:
 
 
 @dsl_user_op
-def opaque(value: Int64, *, loc=None, ip=None) -> Int64:
-    """The same value; the compiler does not see that it is, and so cannot hoist what is computed from it."""
-    return Int64(
+def elected(*, loc=None, ip=None) -> Boolean:
+    """Whether this is the one thread of its warp, always the same, that issues products. The whole warp calls this."""
+    return Boolean(nvvm.elect_sync(loc=loc, ip=ip))
+
+
+def recomputed(pointer: cute.Pointer) -> cute.Pointer:
+    """The same pointer into shared memory, `opaque`."""
+    address = opaque(Int32(pointer.toint()))
+    return cute.make_ptr(pointer.value_type, address, pointer.memspace, assumed_align=pointer.alignment)
+
+
+@dsl_user_op
+def opaque(value: Int32 | Int64, *, loc=None, ip=None) -> Int32 | Int64:
+    """The same value; the compiler does not see that it is, and so cannot move what is computed from it."""
+    wide = value.dtype is Int64
+    return value.dtype(
         llvm.inline_asm(
-            T.i64(),
+            T.i64() if wide else T.i32(),
             [value.ir_value(loc=loc, ip=ip)],
-            "mov.b64 $0, $1;",
-            "=l,l",
+            "mov.b64 $0, $1;" if wide else "mov.b32 $0, $1;",
+            "=l,l" if wide else "=r,r",
             has_side_effects=True,
             is_align_stack=False,
             asm_dialect=llvm.AsmDialect.AD_ATT,

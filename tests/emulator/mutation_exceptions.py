@@ -11,8 +11,11 @@ from collections import Counter
 from cute_sparse.emulator.mutate import Survey
 
 MEET_AGAIN = (
-    "all lanes of a load, MMA or softmax warp read the votes on a KV tile, whose slot is written again eight KV tiles "
+    "all lanes of a load or softmax warp read the votes on a KV tile, whose slot is written again eight KV tiles "
     "later; they meet between the two in any case, at the other query tile's votes or the next ones"
+)
+WAIT_FOR_ONE = (
+    "the lanes of the MMA warp wait for the one that multiplies a work tile; else they would poll for the next work tile"
 )
 LAST_BEFORE_THE_END = (
     "the last wait of the softmax and of the correction warps, for a barrier of another role; the warp then tells that its "
@@ -43,9 +46,9 @@ WAIT = "mbarrier.try_wait.parity.shared.b64 P1, [%], %, 10000000;"
 EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
     "our prefill, sm_90a, dense": {WAIT: (PASSED_BY, 1), "bar.warp.sync -1;": (MET_AT_THE_TURN, 1)},
     "our prefill, sm_90a, threshold": {WAIT: (PASSED_BY, 2), "bar.warp.sync -1;": (MET_AT_THE_TURN, 1)},
-    "our prefill, sm_100a, dense": {},
-    "our prefill, sm_100a, pairs of CTAs": {},
-    "our prefill, sm_100a, threshold": {"bar.warp.sync -1;": (MEET_AGAIN, 3)},
+    "our prefill, sm_100a, dense": {"bar.warp.sync -1;": (WAIT_FOR_ONE, 1)},
+    "our prefill, sm_100a, pairs of CTAs": {"bar.warp.sync -1;": (WAIT_FOR_ONE, 1)},
+    "our prefill, sm_100a, threshold": {"bar.warp.sync -1;": (f"{MEET_AGAIN}. And one: {WAIT_FOR_ONE}", 5)},
     "our decode, sm_90a, dense": {},
     "our decode, sm_90a, threshold": {},
     "our decode, sm_100a, dense": {},
