@@ -240,8 +240,10 @@ def test_a_skipped_tile_costs_no_value_product_no_exponential_and_mostly_no_v(na
     rescales = launch.counts.exponentials - WARPS * (kept * TILE - emulated)
     assert 0 <= rescales <= kept * WARPS  # at most one for each warp of a tile that moved a reference
 
-    wanted = (got.stats.skip_map[0, 0] == 1).any(dim=0).sum().item()
-    runs = 1 + (got.stats.skip_map[0, 0] == 1).any(dim=0).int().diff().clamp(min=0).sum().item()
+    wanted = (got.stats.skip_map[0, 0] == 1).any(dim=0).int()
+    as_visited = torch.cat([wanted[:1], wanted[1:].flip(0)])
+    runs = 1 + (as_visited.diff() < 0).sum().item()
+    wanted = wanted.sum().item()
     fetched = launch.counts.tma_bytes_loaded - 2 * case.head_dim * (case.lengths_q[0] + case.lengths_k[0])
     fetched //= 2 * TILE * case.head_dim_v
     lag = -(-config.v_stages // config.v_chunks)
@@ -260,14 +262,29 @@ def test_each_query_tile_of_a_cta_decides_alone_and_one_row_keeps_a_tile(row, or
     inputs.q[0, :128, 0, 0] = inputs.q[0, 128:, 0, 1] = 16.0
     if row is not None:
         inputs.q[0, row, 0, :2] = torch.tensor([0.0, 16.0])
-    inputs.k[0, 384:, 0, :2] = 4.0  # the last tile is the first visited: a quarter of the way up for both
-    inputs.k[0, 256:384, 0, 0] = 16.0
-    inputs.k[0, 128:256, 0, 1] = 16.0
+    inputs.k[0, :128, 0, :2] = 4.0  # the first tile is visited first, then from the last down: a quarter of the way up
+    inputs.k[0, 384:, 0, 0] = 16.0
+    inputs.k[0, 256:384, 0, 1] = 16.0
     with cute_sparse.emulated("sm_100a", order=order, seed=1):
         got = call(case, inputs, return_lse=True, return_stats=True)
     check(case, inputs, got)
-    first = [2, 2, 1, 1] if row is None else [2, 1, 1, 1]
-    assert got.stats.skip_map[0, 0].tolist() == [first, [2, 1, 2, 1]]
+    first = [1, 2, 2, 1] if row is None else [1, 2, 1, 1]
+    assert got.stats.skip_map[0, 0].tolist() == [first, [1, 2, 1, 2]]
+
+
+@pytest.mark.parametrize("head_dim, second", [(64, [1, 2, 2, 1, 1]), (256, [1, 2, 2, 2, 1])])
+def test_the_tile_with_the_sinks_is_visited_right_after_those_at_the_edge_of_the_cta(head_dim, second):
+    """Two query tiles of one CTA, whose first rows do not see the last two tiles whole; or of two CTAs."""
+    lengths = dict(lengths_q=(256,), lengths_k=(640,), heads_q=1)
+    case = Case(**lengths, head_dim=head_dim, head_dim_v=head_dim, threshold=0.01, causal=True)
+    inputs = make_inputs(case)
+    inputs.q.fill_(1.0)
+    inputs.k.zero_()
+    inputs.k[0, :128] = 8.0
+    with cute_sparse.emulated("sm_100a", order="random", seed=1):
+        got = call(case, inputs, return_lse=True, return_stats=True)
+    check(case, inputs, got)
+    assert got.stats.skip_map[0, 0].tolist() == [[1, 2, 2, 1, 0], second]
 
 
 class Exponentials:

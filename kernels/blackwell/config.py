@@ -187,6 +187,11 @@ def may_stay(problem: Problem) -> bool:
     return not (problem.sparsity and problem.varlen)
 
 
+def _first_early(problem: Problem) -> bool:
+    """A window's first tiles hold no sinks; a dense kernel gains nothing."""
+    return problem.sparsity is not None and problem.mask != "band"
+
+
 def _pairs(problem: Problem) -> tuple[bool, ...]:
     """Whether two CTAs may share their products (`Prefill` says why not a sparse problem's, nor a packed batch's).
 
@@ -228,6 +233,7 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
         p_early_columns=tile_n - 32,
         exp2_emulated=exp2_emulated,
         cta_pair=pair,
+        first_early=_first_early(problem),
         ctas=SMS if may_stay(problem) else 0,
         **(_TWO_TILES_SPARSE if sparse else _TWO_TILES),
     )
@@ -257,6 +263,7 @@ def _one_query_tile(problem: Problem, exp2_emulated: int, pair: bool) -> Config 
         # A pair that stays spills 4 bytes, outside its loops, under a causal mask.
         ctas=0 if pair and problem.mask == "causal" or not may_stay(problem) else SMS,
         cta_pair=pair,
+        first_early=_first_early(problem),
         **_ONE_TILE,
     )
 
