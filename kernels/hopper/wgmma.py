@@ -7,7 +7,7 @@ A warpgroup multiplies 64 rows. Lane l of warp w holds, of an accumulator of 64 
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Boolean, Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.cutlass_dsl import T
@@ -108,22 +108,21 @@ def round_to(dtype, source: cute.Tensor, target: cute.Tensor) -> None:
         words[i] = Uint32(llvm.inline_asm(T.i32(), [high, low], mnemonic + " $0, $1, $2;", "=r,f,f"))
 
 
-def any_of_warpgroup(predicate, barrier_id) -> cutlass.Boolean:
+def any_of_warpgroup(predicate, barrier_id) -> Boolean:
     """Whether the predicate holds in any of the warpgroup's 128 threads, by one barrier instruction.
 
     The vote of the warp after it changes nothing but what ptxas knows: without it, it takes the result for one that
     may differ within the warp, and computes all that follows, descriptors included, outside the uniform registers
     (R2UR before every wgmma, 86 instructions more in the loop for head dim 128).
     """
-    voted = cute.arch.inline_ptx(
-        "{\n.reg .pred mine, any;\nsetp.ne.s32 mine, {$r0}, 0;\n"
-        f"barrier.cta.red.or.aligned.pred any, {{$r1}}, {WARPGROUP_THREADS}, mine;\n"
-        "selp.s32 {$w0}, 1, 0, any;\n}",
-        write_only_types=[Int32],
-        read_only_args=[Int32(predicate), Int32(barrier_id)],
+    voted = llvm.inline_asm(
+        T.bool(),
+        [Boolean(predicate).ir_value(), Int32(barrier_id).ir_value()],
+        f"barrier.cta.red.or.aligned.pred $0, $2, {WARPGROUP_THREADS}, $1;",
+        "=b,b,r",
+        has_side_effects=True,
     )
-    return cute.arch.vote_any_sync(voted != 0)
-
+    return cute.arch.vote_any_sync(Boolean(voted))
 
 
 def store_accumulator(dtype, rounded: cute.Tensor, smem_tile: cute.Tensor, thread) -> None:
