@@ -43,6 +43,9 @@ TYPICAL_KEYS = {"full": 8192, "causal": 4096, "band": 512}  # that a query sees;
 L2_BYTES = 32 << 20  # of 50 (H100) or 60 MB (H200), what the K and V of a group of heads may take
 DYNAMIC_CTAS = 132  # SMs of an H100 SXM or H200; with fewer SMs the later CTAs find the work done
 HOLD_V_AFTER = 2  # a guess: a wrong one costs a kept tile its V's latency, a right one saves V's bytes
+# The votes for narrower tiles of V cost more than its bytes: at 64, modelled (profiling.model), 5% of the time where
+# nothing is skipped, 4% where most is.
+HOLD_V_MIN_HEAD_DIM = 96
 
 MIN_TILE_N = {2: 64, 3: 96}  # by consumer warpgroups
 BAND_MIN_TILE_N = 64
@@ -136,7 +139,7 @@ def candidates(problem: Problem) -> list[Config]:
             tiles = Config(warpgroups, tile_n, first_early=first_early)
             tiles = replace(tiles, own_ranges=_ranges_differ(problem, tiles))
             rooms = [replace(tiles, out_aliases_q=shares) for shares in (False, True)]
-            if problem.sparsity:
+            if problem.sparsity and padded(problem.head_dim_v) >= HOLD_V_MIN_HEAD_DIM:
                 rooms = [replace(room, k_stages=3, hold_v_after=HOLD_V_AFTER) for room in rooms] + rooms
             fitting = [room for room in rooms if fits(problem, room)]
             found += fitting[:1]
