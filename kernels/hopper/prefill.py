@@ -176,7 +176,8 @@ class HopperPrefill:
       tiles  producer -> consumers: 2; one arrival of lane 0; one arrival per consumer warp (dynamic schedule only)
 
     Timeline, steady state, for KV tile j (j falls)
-      producer   K[j], V[j + lead], K[j - 1], V[j + lead - 1], ..    where lead = k_stages - 1
+      producer   K[j], V[j + lead], K[j - 1], V[j + lead - 1], ..    where lead = k_stages - 1; but the first V behind
+                 the second K
       consumer   wait for the turn; issue S = Q K[j]^T; issue O += P V[j+1]; pass the turn; wait for S; mask;
                  maxima; vote; p = 2^(..); wait for O; P = round(p); rescale O if a reference moved; release V[j+1]
 
@@ -198,7 +199,8 @@ class HopperPrefill:
     after `hold_v_after` tiles in a row that every warpgroup skipped, it loads V when, and only if, somebody has voted
     to keep the tile, and else hands the slot over empty. It learns those earlier votes at no cost, because a V slot
     that is free implies them. Needs a third K slot (`config.candidates` says where there is room): K has to run
-    ahead of a V that waits.
+    ahead of a V that waits. Tried, and no better: a warp of its own for V, with and without the votes cast outside the
+    producer's sub-partition of the SM.
     """
 
     def __init__(self, problem: Problem, config: Config):
@@ -434,8 +436,8 @@ class HopperPrefill:
                 with span("load K"):
                     n_block = self._in_order(work, work.end - 1 - i)
                     k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, n_block)
-            if i >= self.k_lead:
-                nth = i - self.k_lead
+            if (i == 1) | (i > self.k_lead):  # the second tile's products need its K and the first one's V at once
+                nth = cutlass.max(i - self.k_lead, 0)
                 with span("load V"):
                     shared.v_ring.acquire(v)
                     wanted = Boolean(True)
