@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from cute_sparse.calls import Stats
 from cute_sparse.problem import Problem
 from tests.cases import CASES, Case, make_inputs
 from tests.conftest import ORDERS
-from tests.test_attention import call, check
+from tests.test_attention import call, check, oracle
 
 pytest.importorskip("cutlass")
 
@@ -165,6 +166,19 @@ def test_of_the_tiles_that_all_rows_see_whole_the_first_is_visited_first(causal,
         first_row = group * 64 // cta_rows * cta_rows
         whole = (first_row + 1 + 400 - 300 if causal else 400) // tile_n
         assert tiles[:whole].tolist() == [True] + [False] * (whole - 1)
+
+
+def test_a_row_whose_maximum_is_nan_keeps_the_tiles_of_its_window_alone(configured):
+    """The last row of each warpgroup: to the left of its window others still see keys."""
+    configured(tile_n=64)
+    case = Case(lengths_q=(512,), lengths_k=(512,), threshold=0.3, window=(100, 300))
+    inputs = make_inputs(case)
+    inputs.q[0, 63::64, :, 0] = math.nan
+    with cute_sparse.emulated(ARCH):
+        stats = call(case, inputs, return_stats=True).stats
+    expected = oracle(case, inputs, stats.geometry)
+    assert (expected.skip_map == reference.SKIPPED).any()
+    assert torch.equal(stats.skip_map, expected.skip_map)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -644,7 +644,7 @@ class HopperPrefill:
             thread_max = softmax.thread_max(scores)
             keeps = Boolean(True)
             if const_expr(self.sparse):
-                wants = softmax.wants(thread_max, self._sees_key(consumer, n_block))
+                wants = softmax.wants(thread_max, self._sees_key(thread_max))
                 keeps = wgmma.any_of_warpgroup(wants, NamedBarrier.VOTE + thread.warpgroup)
             self._cast_vote(consumer, k, keeps)
             self._record(consumer, n_block, keeps)
@@ -779,13 +779,9 @@ class HopperPrefill:
         for row, q_idx in enumerate(self._rows(consumer)):
             consumer.work.band.hide(scores[row, None], columns, q_idx, first_column, edges=(edge,))
 
-    def _sees_key(self, consumer: Consumer, n_block):
-        """Per row, whether it sees a key of the tile; None where every row of the sequence does, or says so by -inf."""
-        if const_expr(self.problem.mask != "band"):
-            return None
-        seen = [consumer.work.band.keys(q_idx) for q_idx in self._rows(consumer)]
-        first_key = n_block * self.tile_n
-        return [(keys.begin < first_key + self.tile_n) & (keys.end > first_key) for keys in seen]
+    def _sees_key(self, thread_max: list):
+        """Per row, whether this thread sees a key; None where a row sees one in every tile behind its first."""
+        return [~(value == -Float32.inf) for value in thread_max] if self.problem.mask == "band" else None
 
     def _rescale(self, acc_O: cute.Tensor, factors) -> None:
         rows = wgmma.by_rows(acc_O)
