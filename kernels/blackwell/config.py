@@ -217,7 +217,12 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
     ctas = 2 if pair else 1
     k_bytes, v_bytes = tile_n * head_dim * ELEMENT_BYTES // ctas, tile_n * head_dim_v * ELEMENT_BYTES // ctas
     left = SM_SHARED_BYTES - RESERVED_SHARED_BYTES - 2 * TILE_M * head_dim * ELEMENT_BYTES
+    k_chunks = v_chunks = 1
     stages = _ring_stages(left, k_bytes, v_bytes)
+    if head_dim == 192 and tile_n == 128 and not pair:
+        # Beside 96 KB of Q, whole tiles would leave V a single slot. 64 columns of K or V take 16 KB, and eight such
+        # fit: all of one tile's K and two thirds of the next, and three halves of V.
+        k_chunks, v_chunks, stages = 3, 2, (5, 3)
     if stages is None:
         return None
     sparse = problem.sparsity is not None and problem.mask != "band" and not problem.varlen
@@ -226,8 +231,8 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
         head_dim_v=head_dim_v,
         query_tiles=2,
         tile_n=tile_n,
-        k_chunks=1,
-        v_chunks=1,
+        k_chunks=k_chunks,
+        v_chunks=v_chunks,
         k_stages=stages[0],
         v_stages=stages[1],
         p_early_columns=tile_n - 32,
@@ -285,7 +290,8 @@ def _ring_stages(left_bytes: int, k_bytes: int, v_bytes: int, at_least: int = 1)
 
 # Clocks that the timing model (profiling/model.py) finds on top of the units' work, of one query tile and KV tile: the
 # way from S to P and back, and what a single slot of V keeps the products waiting (192/128, alone, sparse: 3422 clocks
-# for 128 keys of two query tiles; with KV tiles of 96 keys, of which two fit, 2904; the products alone take 2560).
+# for 128 keys of two query tiles; with KV tiles of 96 keys, of which two fit, 2904; in chunks of 64 columns of K and V
+# 2560, which is what the products alone take).
 HANDOVER_CLOCKS = 150
 REFILL_CLOCKS = 430
 

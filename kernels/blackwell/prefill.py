@@ -300,6 +300,11 @@ class Prefill:
         self.s_instruction = umma.instruction_descriptor(self.dtype, rows, config.tile_n, b_major_mn=False)
         # Whether K can be fetched for two KV tiles ahead of V, where the load warp waits for a vote before V.
         self.k_two_ahead = self.sparse and config.k_stages > 2 * config.k_chunks
+        # Of the next tile's K, the chunks that find room before this one's is read go before V, which is needed first.
+        early = config.k_stages - config.k_chunks if config.query_tiles == 2 else config.k_chunks
+        before_v = min(early, config.k_chunks) or config.k_chunks
+        self.k_before_v, self.k_after_v = range(before_v), range(before_v, config.k_chunks)
+        self.k_whole = range(config.k_chunks)
         self.v_lag = -(-config.v_stages // config.v_chunks)  # KV tiles after which a slot of V is used again
         assert max(self.v_lag, config.k_stages) + 2 < DECISIONS
         self.o_instruction = umma.instruction_descriptor(self.dtype, rows, config.v_chunk, b_major_mn=True)
@@ -459,7 +464,7 @@ class Prefill:
             steps = work.union.end - work.union.begin
             skipping = Boolean(False)
             if steps > 0:
-                k_cursor = self._load_k(op, pipes, tKsK, tKgK, self._visited_tile(work, 0), k_cursor)
+                k_cursor = self._load_k(op, pipes, tKsK, tKgK, self._visited_tile(work, 0), k_cursor, self.k_whole)
                 for s in self._query_tiles_as_multiplied():
                     if work.ranges[s].begin < work.ranges[s].end:
                         cute.arch.mbarrier_wait(pipes.q_empty + s, q_parity >> s & 1)
@@ -471,7 +476,8 @@ class Prefill:
                 if const_expr(self.k_two_ahead):
                     next_k = next_k and k_loaded <= i + 1
                 if next_k:
-                    k_cursor = self._load_k(op, pipes, tKsK, tKgK, self._visited_tile(work, i + 1), k_cursor)
+                    next_tile = self._visited_tile(work, i + 1)
+                    k_cursor = self._load_k(op, pipes, tKsK, tKgK, next_tile, k_cursor, self.k_before_v)
                     k_loaded = i + 2
                 with span("load V"):
                     pipes.v.acquire(v_cursor)
@@ -482,15 +488,23 @@ class Prefill:
                             skipping = not self._wanted(pipes, tiles, work, counts, i - self.v_lag, False)
                         if skipping:
                             # If the vote is to skip, Q K^T of the next tile follows at once, and then needs this K.
+                            if const_expr(len(self.k_after_v) > 0):
+                                if next_k:
+                                    next_tile = self._visited_tile(work, i + 1)
+                                    k_cursor = self._load_k(op, pipes, tKsK, tKgK, next_tile, k_cursor, self.k_after_v)
+                                next_k = Boolean(False)
                             if const_expr(self.k_two_ahead):
                                 if k_loaded <= i + 2 and i + 2 < steps:
-                                    k_cursor = self._load_k(
-                                        op, pipes, tKsK, tKgK, self._visited_tile(work, i + 2), k_cursor
-                                    )
+                                    next_tile = self._visited_tile(work, i + 2)
+                                    k_cursor = self._load_k(op, pipes, tKsK, tKgK, next_tile, k_cursor, self.k_whole)
                                     k_loaded = i + 3
                             fetch = self._wanted(pipes, tiles, work, counts, i, True)
                             skipping = not fetch
                     v_cursor = self._load_v(op, pipes, tVsV, tVgV, self._visited_tile(work, i), v_cursor, fetch)
+                if const_expr(len(self.k_after_v) > 0):
+                    if next_k:
+                        next_tile = self._visited_tile(work, i + 1)
+                        k_cursor = self._load_k(op, pipes, tKsK, tKgK, next_tile, k_cursor, self.k_after_v)
             counts = added(counts, [r.end - r.begin for r in work.ranges])
             tile, claim = schedule.next_for_producer(tile, claim)
 
@@ -514,9 +528,18 @@ class Prefill:
         cute.copy(op.q_atom, tQgQ, tQsQ[None, query_tile], tma_bar_ptr=barrier)
 
     @cute.jit
-    def _load_k(self, op: Operands, pipes: Pipes, tKsK, tKgK, n_block: Int32, cursor: Cursor):
+    def _load_k(
+        self,
+        op: Operands,
+        pipes: Pipes,
+        tKsK,
+        tKgK,
+        n_block: Int32,
+        cursor: Cursor,
+        chunks: cutlass.Constexpr[range],
+    ):
         with span("load K"):
-            for chunk in cutlass.range_constexpr(self.config.k_chunks):
+            for chunk in chunks:
                 pipes.k.acquire(cursor)
                 barrier = pipes.k.full(cursor)
                 self._expect(barrier, self.config.k_slot_bytes)
@@ -604,60 +627,71 @@ class Prefill:
         work_parity: Int32,
     ):
         """One thread, a work tile. Step i multiplies P of the i-th KV tile with its V, and Q with K of the next."""
-        plan = self.config.tmem
+        config, plan = self.config, self.config.tmem
         steps = work.union.end - work.union.begin
         # The step of a query tile's first KV tile; opaque, because the compiler would otherwise subtract in every step.
         firsts = [umma.opaque(work.union.end - r.end) for r in work.ranges]
         if steps > 0:
-            pipes.k.wait(k_cursor)
             for s in cutlass.range_constexpr(2):
-                self._next_scores(fragments, pipes, base, k_cursor, s, -firsts[s], sizes[s], work_parity)
-            k_cursor = self._leave_k(pipes, k_cursor, steps == 1, sizes)
+                next_k = self._next_scores(
+                    fragments, pipes, base, k_cursor, s, Int32(1), steps, -firsts[s], sizes, work_parity
+                )
+            k_cursor = next_k
         for i in cutlass.range(steps, unroll=1):
             with span("products"):
                 wanted = Boolean(not self.sparse)  # V is read
-                if const_expr(not self.sparse):
-                    pipes.v.wait(v_cursor)
+                next_k, next_v = k_cursor, v_cursor
                 for s in cutlass.range_constexpr(2):
                     before = i - firsts[s]  # KV tiles of the query tile before this one
-                    if is_within(before, 0, sizes[s]):
-                        number = counts[s] + before
-                        if self._kept(pipes, tiles, s, number):
-                            parity = number & 1
+                    keep = is_within(before, 0, sizes[s])
+                    number = counts[s] + before
+                    parity = number & 1
+                    if const_expr(self.sparse):
+                        if keep:
+                            keep = self._kept(pipes, tiles, s, number)
+                        parity = p_parity >> s & 1
+                        wanted = wanted | keep
+                    if keep:
+                        cute.arch.mbarrier_wait(pipes.p_ready + s, parity)
+                        tmem.fence_after_sync()
+                        if const_expr(self.sparse):
+                            p_parity = p_parity ^ (1 << s)
+                        if const_expr(self.persistent):
+                            if before == 0:  # which is always kept
+                                cute.arch.mbarrier_wait(pipes.o_free + s, (work_parity >> s & 1) ^ 1)
+                                tmem.fence_after_sync()
+                    next_v = v_cursor
+                    for chunk in cutlass.range_constexpr(config.v_chunks):
+                        if const_expr(s == 0 and not self.sparse):
+                            pipes.v.wait(next_v)
+                        if keep:
                             if const_expr(self.sparse):
-                                pipes.v.wait(v_cursor)
-                                wanted = Boolean(True)
-                                parity = p_parity >> s & 1
-                                p_parity = p_parity ^ (1 << s)
-                            cute.arch.mbarrier_wait(pipes.p_ready + s, parity)
-                            tmem.fence_after_sync()
-                            if const_expr(self.persistent):
-                                if before == 0:  # which is always kept
-                                    cute.arch.mbarrier_wait(pipes.o_free + s, (work_parity >> s & 1) ^ 1)
-                                    tmem.fence_after_sync()
+                                pipes.v.wait(next_v)
                             self._values(
                                 fragments,
-                                base + plan.outputs[s],
+                                base + plan.outputs[s] + chunk * config.v_chunk,
                                 base + plan.probabilities[s],
-                                fragments.v.of_slot(v_cursor.index),
-                                0,
+                                fragments.v.of_slot(next_v.index),
+                                chunk,
                                 before != 0,
                                 pipes.p_rest + s,
                                 parity,
                             )
-                    if const_expr(s == 0):
-                        if i + 1 < steps:
-                            pipes.k.wait(k_cursor)
-                    elif wanted:
-                        umma.commit(pipes.v.empty(v_cursor), self.pair)
-                    self._next_scores(fragments, pipes, base, k_cursor, s, before + 1, sizes[s], work_parity)
+                        if const_expr(s == 1):
+                            if wanted:
+                                umma.commit(pipes.v.empty(next_v), self.pair)
+                        if const_expr(s == 1 or chunk + 1 < config.v_chunks):
+                            next_v = pipes.v.advanced(next_v)
+                    next_k = self._next_scores(
+                        fragments, pipes, base, k_cursor, s, i + 2, steps, before + 1, sizes, work_parity
+                    )
                 if const_expr(self.sparse):
                     if not wanted:
-                        pipes.v.wait(v_cursor)
-                        cute.arch.mbarrier_arrive(pipes.v.empty(v_cursor))
-                v_cursor = pipes.v.advanced(v_cursor)
-                if i + 1 < steps:
-                    k_cursor = self._leave_k(pipes, k_cursor, i + 2 == steps, sizes)
+                        for _ in cutlass.range_constexpr(config.v_chunks):
+                            pipes.v.wait(v_cursor)
+                            cute.arch.mbarrier_arrive(pipes.v.empty(v_cursor))
+                            v_cursor = pipes.v.advanced(v_cursor)
+                k_cursor, v_cursor = next_k, next_v
         self._commit_active(pipes.o_done, sizes)
         return k_cursor, v_cursor, p_parity
 
@@ -669,25 +703,40 @@ class Prefill:
         base: cutlass.Constexpr[int],
         k_cursor: Cursor,
         query_tile: cutlass.Constexpr[int],
+        nth: Int32,
+        steps: Int32,
         before: Int32,
-        size: Int32,
+        sizes,
         work_parity: Int32,
     ):
-        """One thread: S of the KV tile after the first `before` of a query tile's `size`, if there is one."""
-        if is_within(before, 0, size):
-            if before == 0:
-                cute.arch.mbarrier_wait(pipes.q_full + query_tile, work_parity >> query_tile & 1)
-            scores = base + self.config.tmem.scores[query_tile]
-            self._scores(fragments, scores, query_tile, 0, fragments.k.of_slot(k_cursor.index))
-            umma.commit(pipes.s_full + query_tile, self.pair)
-
-    @cute.jit
-    def _leave_k(self, pipes: Pipes, k_cursor: Cursor, last: Boolean, sizes):
-        """One thread: K of a KV tile is read, and if it is the `last`, so is Q; the next slot."""
-        umma.commit(pipes.k.empty(k_cursor), self.pair)
-        if last:
-            self._commit_active(pipes.q_empty, sizes)
-        return pipes.k.advanced(k_cursor)
+        """One thread: S of the KV tile after the first `before` of a query tile, which is the `nth` of the CTA's
+        `steps`, counted from 1, if there is one. Query tile 0 waits for its K, query tile 1 hands it back, and after
+        the last one Q. Returns what follows in K's ring."""
+        config = self.config
+        exists = nth <= steps
+        active = is_within(before, 0, sizes[query_tile])
+        for chunk in cutlass.range_constexpr(config.k_chunks):
+            if const_expr(query_tile == 0):
+                if exists:
+                    pipes.k.wait(k_cursor)
+            if active:
+                if const_expr(chunk == 0):
+                    if before == 0:
+                        cute.arch.mbarrier_wait(pipes.q_full + query_tile, work_parity >> query_tile & 1)
+                scores = base + config.tmem.scores[query_tile]
+                self._scores(fragments, scores, query_tile, chunk, fragments.k.of_slot(k_cursor.index))
+                if const_expr(chunk + 1 == config.k_chunks):
+                    umma.commit(pipes.s_full + query_tile, self.pair)
+            if const_expr(query_tile == 0):
+                if const_expr(chunk + 1 < config.k_chunks):
+                    k_cursor = pipes.k.advanced(k_cursor)
+            elif exists:
+                umma.commit(pipes.k.empty(k_cursor), self.pair)
+                if const_expr(chunk + 1 == config.k_chunks):
+                    if nth == steps:
+                        self._commit_active(pipes.q_empty, sizes)
+                k_cursor = pipes.k.advanced(k_cursor)
+        return k_cursor
 
     @cute.jit
     def multiply_one_tile(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
