@@ -24,7 +24,7 @@ from cute_sparse import splits
 from cute_sparse.problem import TileGeometry
 
 NOT_VISITED, KEPT, SKIPPED = 0, 1, 2
-DEFAULT_GEOMETRY = TileGeometry(tile_m=128, tile_rows=64, tile_n=128)  # Hopper's for head dim 128
+DEFAULT_GEOMETRY = TileGeometry(tile_m=128, tile_rows=64, tile_n=128, order="first_early")  # Hopper's for head dim 128
 
 
 class Oracle(NamedTuple):
