@@ -15,12 +15,14 @@ BENCH_READY := $(VENV)/.bench-ready
 OUT ?=
 MODEL ?=
 TESTS ?= tests
+# A process a core, of which each imports PyTorch and the DSL; one that is done takes over what another has left.
+IN_PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: test demo lint clean gpu-check report
 
 test: $(TEST_READY)
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest $(IN_PARALLEL) $(TESTS)
 
 lint: $(TEST_READY)
 	$(VENV)/bin/ruff check .
