@@ -351,16 +351,18 @@ def test_no_role_takes_more_instructions_than_flash_attention_4(head_dim, head_d
         assert sum(launch.warps[warp].warp_instructions for warp in role) / tiles <= theirs
 
 
-def test_a_warp_computes_only_what_the_mask_leaves_of_a_tile():
+@pytest.mark.parametrize("options", [dict(window_size=(128, 0)), dict(causal=True, threshold=1e-30)], ids=str)
+def test_a_warp_computes_only_what_the_mask_leaves_of_a_tile(options):
     """Of four fragments of 32 columns, warp w sees w + 1 on the diagonal and 4 - w of the tile at the window's end."""
     inputs = make_inputs(Case(lengths_q=(256,), lengths_k=(256,), heads_q=1, head_dim=64, head_dim_v=64))
-    with cute_sparse.emulated("sm_100a") as device:
-        cute_sparse.attention(inputs.q, inputs.k, inputs.v, window_size=(128, 0))
+    with cute_sparse.emulated("sm_103a") as device:  # which emulates no exponentials, not in a whole tile either
+        cute_sparse.attention(inputs.q, inputs.k, inputs.v, **options)
         (launch,) = device.launches
     for warp in range(WARPS):
         first, second = (launch.warps[query_tile * WARPS + warp].exponentials for query_tile in range(2))
+        before = WARPS - warp if "window_size" in options else WARPS  # fragments of the tile before the diagonal's
         assert 0 <= first - 32 * (warp + 1) <= 1  # and one for a reference that moved
-        assert 0 <= second - 32 * (warp + 1 + WARPS - warp) <= 2
+        assert 0 <= second - 32 * (warp + 1 + before) <= 2
 
 
 def test_a_warp_that_is_a_tile_ahead_does_not_arrive_for_another():

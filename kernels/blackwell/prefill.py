@@ -298,6 +298,8 @@ class Prefill:
         self.steps_early = config.p_early_columns // umma.INSTRUCTION_K
         rows = config.product_rows
         self.s_instruction = umma.instruction_descriptor(self.dtype, rows, config.tile_n, b_major_mn=False)
+        # Of masked tiles only what the mask leaves is computed; a vote and two edges leave no registers for it.
+        self.by_fragments = not (self.sparse and problem.mask == "band")
         # Whether K can be fetched for two KV tiles ahead of V, where the load warp waits for a vote before V.
         self.k_two_ahead = self.sparse and config.k_stages > 2 * config.k_chunks
         # Of the next tile's K, the chunks that find room before this one's is read go before V, which is needed first.
@@ -995,9 +997,8 @@ class Prefill:
             scores = tmem.load_row(address, config.tile_n, FRAGMENT)
             if const_expr(self.problem.softcap):
                 scores = [cute.math.tanh(s * step.op.prefill.scale.tanh_scale, fastmath=True) for s in scores]
-            seen = None
-            if const_expr(masked and not self.sparse):
-                scores, seen, tile_max = self._masked(step, scores, n_block)
+            if const_expr(masked and self.by_fragments):
+                scores, tile_max = self._masked(step, scores, n_block)
             else:
                 if const_expr(masked):
                     step.band.hide(scores, range(config.tile_n), thread.q_idx, n_block * config.tile_n)
@@ -1006,12 +1007,12 @@ class Prefill:
                 state.start(tile_max, thread.in_sequence)
                 if const_expr(self.sparse):
                     self._say(step, count, Boolean(True))
-                self._keep(step, n_block, buffer, address, scores, None, masked, seen)
+                self._keep(step, n_block, buffer, address, scores, None, masked)
             elif const_expr(not self.sparse):
-                self._keep(step, n_block, buffer, address, scores, tile_max, masked, seen)
+                self._keep(step, n_block, buffer, address, scores, tile_max, masked)
             else:
                 if self._vote(step, count, state.wants(tile_max)):
-                    self._keep(step, n_block, buffer, address, scores, tile_max, masked, seen)
+                    self._keep(step, n_block, buffer, address, scores, tile_max, masked)
                 else:
                     self._record(step, n_block, SKIPPED)
 
@@ -1037,24 +1038,27 @@ class Prefill:
 
     @cute.jit
     def _masked(self, step, scores: list, n_block: Int32):
-        """A row's scores with -inf for hidden keys, but for fragments of which this warp's rows see nothing; whether
-        they see something, per fragment; and the row's maximum. The mask's edge crosses few fragments: of 128 keys at
-        the diagonal a warp sees a quarter to all, and compares one fragment's keys with its rows' ends. Not in sparse
-        problems, whose vote leaves no registers for it: 16 bytes would spill under a causal mask."""
-        warp_row = cute.arch.make_warp_uniform(step.thread.q_idx)
+        """A row's scores with -inf for hidden keys, but for fragments of which this warp's rows see nothing, and the
+        row's maximum. The mask's edge crosses few fragments: of 128 keys at the diagonal a warp sees a quarter to all,
+        and compares one fragment's keys with its rows' ends. Which fragments it sees is found anew for the
+        exponentials: kept from here until then, it would spill beside a vote."""
         tile_max = Float32(-Float32.inf)
-        fragments, seen = [], []
+        fragments = []
         for first_column in cutlass.range_constexpr(0, self.config.tile_n, FRAGMENT):
             fragment = scores[first_column : first_column + FRAGMENT]
             first_key = n_block * self.config.tile_n + first_column
-            some, every = step.band.sees(warp_row, THREADS_PER_WARP, first_key, first_key + FRAGMENT)
+            some, every = self._sees(step, first_key)
             if some:
                 if not every:
                     fragment = step.band.hidden(fragment, step.thread.q_idx, first_key)
                 tile_max = maximum(tile_max, tile_maximum(fragment))
             fragments += fragment
-            seen.append(some)
-        return fragments, seen, tile_max
+        return fragments, tile_max
+
+    def _sees(self, step, first_key):
+        """Whether the warp's rows see any, and all, keys of the fragment that begins with `first_key`."""
+        warp_row = cute.arch.make_warp_uniform(step.thread.q_idx)
+        return step.band.sees(warp_row, THREADS_PER_WARP, first_key, first_key + FRAGMENT)
 
     @cute.jit
     def _await_scores(self, step, count: Int32):
@@ -1091,29 +1095,28 @@ class Prefill:
         scores,
         tile_max,
         masked: cutlass.Constexpr[bool],
-        seen,
     ):
-        """P, O's rescaling if need be, and the row sum, of a kept tile; tile_max is None for a row's first; seen tells
-        of which fragments of a masked tile the warp sees something, if it is known."""
+        """P, O's rescaling if need be, and the row sum, of a kept tile; tile_max is None for a row's first."""
         config, pipes, state = self.config, step.pipes, step.state
         first = tile_max is None
         if const_expr(not first):
             self._rescale(step, tile_max)
         p_address = address + (config.tmem.probabilities[0] - config.tmem.scores[0])
-        sums = [] if seen is None else [(Float32(0.0), Float32(0.0))] * SUM_CHAINS
+        sums = [] if not (masked and self.by_fragments) else [(Float32(0.0), Float32(0.0))] * SUM_CHAINS
         for first_column in cutlass.range_constexpr(0, config.tile_n, FRAGMENT):
             last = first_column + FRAGMENT == config.tile_n
             # The end of P is waited for: it is made the fastest way. Masked tiles are few, and short of registers.
             emulated = 0 if last or masked else config.exp2_emulated
             fragment = scores[first_column : first_column + FRAGMENT]
-            if const_expr(seen is None):
+            if const_expr(not (masked and self.by_fragments)):
                 p = exponentials(state.exponents(fragment), emulated)
                 tmem.store(p_address + first_column // 2, pack(p, self.dtype))
                 # The sums run beside the exponential unit, which takes eight clocks for a warp's instruction.
                 sums = accumulated(sums, p)
             else:
                 words = [Int32(0)] * (FRAGMENT // 2)
-                if seen[first_column // FRAGMENT]:
+                some, _ = self._sees(step, n_block * config.tile_n + first_column)
+                if some:
                     p = exponentials(state.exponents(fragment), emulated)
                     words, sums = pack(p, self.dtype), accumulated(list(sums), p)
                 tmem.store(p_address + first_column // 2, words)
