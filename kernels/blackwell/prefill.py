@@ -653,7 +653,11 @@ class Prefill:
                             keep = self._kept(pipes, tiles, s, number)
                         parity = p_parity >> s & 1
                         wanted = wanted | keep
+                    if const_expr(s == 0 and not self.sparse):
+                        pipes.v.wait(v_cursor)  # before P, for which the product then waits alone
                     if keep:
+                        if const_expr(self.sparse):
+                            pipes.v.wait(v_cursor)
                         cute.arch.mbarrier_wait(pipes.p_ready + s, parity)
                         tmem.fence_after_sync()
                         if const_expr(self.sparse):
@@ -664,10 +668,10 @@ class Prefill:
                                 tmem.fence_after_sync()
                     next_v = v_cursor
                     for chunk in cutlass.range_constexpr(config.v_chunks):
-                        if const_expr(s == 0 and not self.sparse):
+                        if const_expr(s == 0 and chunk > 0 and not self.sparse):
                             pipes.v.wait(next_v)
                         if keep:
-                            if const_expr(self.sparse):
+                            if const_expr(chunk > 0 and self.sparse):
                                 pipes.v.wait(next_v)
                             self._values(
                                 fragments,
