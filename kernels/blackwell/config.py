@@ -173,9 +173,9 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[Config]:
     return [config for config in configs if config is not None]
 
 
-# What ptxas 13.0 compiles without spilling in a loop over KV tiles: 200, 64, 48 spills 24 bytes of the causal sparse
-# kernel with LSE and counts at d128; 192, 64, 64 up to 36 bytes of packed ones (and outside its loops 12 to 20 of the
-# sparse kernel with a full mask, LSE and counts; other splits up to 100); 200, 56, 56 up to 56 of dense pairs with LSE.
+# What ptxas 13.0 compiles without spilling in a loop over KV tiles: 200, 64, 48 spilled 24 bytes of the causal sparse
+# kernel with LSE and counts at d128; 192, 64, 64 up to 36 bytes of packed ones; 200, 56, 56 up to 56 of dense pairs
+# with LSE. Packed sparse kernels with LSE spill 8 bytes outside their loops.
 _TWO_TILES = dict(registers_softmax=200, registers_correction=64, registers_other=48)
 _TWO_TILES_SPARSE = dict(registers_softmax=192, registers_correction=64, registers_other=64)
 _ONE_TILE = dict(registers_softmax=248, registers_correction=112, registers_other=128)
