@@ -12,6 +12,7 @@ import nvtx
 import torch
 
 from cute_sparse import dispatch
+from cute_sparse.plans import Result
 from cute_sparse.problem import TileGeometry
 
 
@@ -88,7 +89,7 @@ def decode(q, k_cache, v_cache, options: dict) -> torch.Tensor | AttentionOutput
     return _answer(result, plan.geometry, options, v_cache)
 
 
-def _answer(result: dispatch.Result, geometry: TileGeometry, options: dict, v_cache: torch.Tensor | None = None):
+def _answer(result: Result, geometry: TileGeometry, options: dict, v_cache: torch.Tensor | None = None):
     """What the caller gets; v_cache of a decode call."""
     out, lse, tile_counts, skip_map = result
     if not options["return_stats"]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import cute_sparse
-from cute_sparse.dispatch import ARCH_OF_CAPABILITY
+from cute_sparse.targets import ARCH_OF_CAPABILITY
 from cute_sparse.workloads import in_shuffled_pages, structured_qkv
 
 EMULATED_ARCHES = ("sm_90a", "sm_100a")

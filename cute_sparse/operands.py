@@ -1,7 +1,7 @@
 """The door between dispatch and the kernels: the run-time operands of each kind of kernel, in order.
 
 Both arch rooms compile a host function of exactly these operands (`device/bundles.py` turns them into
-CuTe values), and `dispatch.py` fills them from tensors. Pointers are device addresses, 0 where absent;
+CuTe values), and `plans.py` fills them from tensors. Pointers are device addresses, 0 where absent;
 strides are in elements, innermost stride is 1 and not passed.
 """
 

@@ -40,8 +40,8 @@ import torch
 
 import cute_sparse
 from cute_sparse.compiled import compiler_version
-from cute_sparse.dispatch import ARCH_OF_CAPABILITY
 from cute_sparse.reference import KEPT
+from cute_sparse.targets import ARCH_OF_CAPABILITY
 from cute_sparse.workloads import structured_qkv
 from profiling import decode, rows, timing
 from profiling.peers import PEERS, Call, KeptTiles, Missing, Shape, forget_compiled, in_flex_blocks

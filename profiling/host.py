@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import cute_sparse
-from cute_sparse import dispatch
+from cute_sparse import dispatch, targets
 from profiling import bench, rows, timing
 
 CALLS, RUNS = 32, 101
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             writer.write(rows.row(origin, "host", "cute_sparse", CASE, mode, metric, found))
             print(f"{mode:20} {metric:10} {found.p50:10.3f} {rows.UNITS[metric]}")
 
-        run(write, "cuda", dispatch.ARCH_OF_CAPABILITY[torch.cuda.get_device_capability()], options.runs)
+        run(write, "cuda", targets.ARCH_OF_CAPABILITY[torch.cuda.get_device_capability()], options.runs)
     except (RuntimeError, OSError, rows.BadRow, subprocess.TimeoutExpired) as error:
         print(f"host.py: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import torch
 
 import cute_sparse
-from cute_sparse.dispatch import ARCH_OF_CAPABILITY, ROOM_OF_ARCH
+from cute_sparse.dispatch import ROOM_OF_ARCH
+from cute_sparse.targets import ARCH_OF_CAPABILITY
 from profiling import bench, decode
 
 EMULATOR = {"emulator": "core"}

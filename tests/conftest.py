@@ -77,7 +77,7 @@ def _no_kernel(arch: str) -> str | None:
 
 
 def _no_gpu() -> str | None:
-    from cute_sparse.dispatch import ARCH_OF_CAPABILITY
+    from cute_sparse.targets import ARCH_OF_CAPABILITY
 
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -86,7 +86,7 @@ def _no_gpu() -> str | None:
 
 
 def gpu_arch() -> str:
-    from cute_sparse.dispatch import ARCH_OF_CAPABILITY
+    from cute_sparse.targets import ARCH_OF_CAPABILITY
 
     return ARCH_OF_CAPABILITY[torch.cuda.get_device_capability()]
 

@@ -400,12 +400,12 @@ def test_a_device_without_a_kernel_is_named():
 
 
 def test_a_gpu_without_a_kernel_is_named(monkeypatch):
-    from cute_sparse import dispatch
+    from cute_sparse import targets
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "an older one")
     with pytest.raises(RuntimeError, match="an older one.*8.6.*9.0.*10.0.*10.3"):
-        dispatch._gpu_target.__wrapped__(0)
+        targets.gpu_target.__wrapped__(0)
 
 
 # ---- What is returned ----

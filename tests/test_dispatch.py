@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import cute_sparse
-from cute_sparse import compiled, dispatch
+from cute_sparse import compiled, dispatch, plans, targets
 from cute_sparse.launch import Launcher, LaunchError
 from cute_sparse.operands import DECODE, PREFILL
 from cute_sparse.problem import Problem, TileGeometry, UnsupportedProblem, check_supported, required
@@ -85,7 +85,7 @@ def kernel(monkeypatch) -> FakeCompiled:
     target = FakeTarget()
     monkeypatch.setattr(dispatch, "_plans", {})
     monkeypatch.setattr(dispatch, "_target", lambda device: target)
-    made = dispatch.Kernel(SimpleNamespace(geometry=GEOMETRY), launcher)
+    made = plans.Kernel(SimpleNamespace(geometry=GEOMETRY), launcher)
     monkeypatch.setattr(dispatch, "compiled_kernel", lambda problem, target: made)
     return fake
 
@@ -96,7 +96,7 @@ def decode_kernel(monkeypatch) -> FakeCompiled:
     fake = FakeCompiled(operands=DECODE)
     target = FakeTarget()
     config = SimpleNamespace(geometry=TileGeometry(64, 64, 96), min_tiles=3)
-    made = dispatch.Kernel(config, Launcher(fake, DECODE))
+    made = plans.Kernel(config, Launcher(fake, DECODE))
     monkeypatch.setattr(dispatch, "_plans", {})
     monkeypatch.setattr(dispatch, "_target", lambda device: target)
     monkeypatch.setattr(dispatch, "compiled_kernel", lambda problem, target: made)
@@ -398,7 +398,7 @@ def test_each_kind_of_problem_is_compiled_once_whatever_the_sizes(monkeypatch):
     monkeypatch.setattr(
         dispatch,
         "compiled_kernel",
-        lambda problem, target: dispatch.Kernel(
+        lambda problem, target: plans.Kernel(
             config, compiled.launcher(problem, "config", target.arch, None, PREFILL, target.emulated)
         ),
     )
@@ -498,7 +498,7 @@ def test_a_launch_that_was_stopped_half_way_leaves_no_counters_behind():
         def raise_pending(self):
             raise RuntimeError("stopped")
 
-    target = dispatch.EmulatedTarget("sm_90a", Stopped())
+    target = targets.EmulatedTarget("sm_90a", Stopped())
     target.zeroed(0, 8).fill_(3)
     with pytest.raises(RuntimeError, match="stopped"), target.ready((), ()):
         pass
@@ -541,7 +541,7 @@ def test_warmup_compiles_what_the_call_will_ask_for(monkeypatch):
     def note(problem, target):
         asked.append(problem)
         operands = dispatch.OPERANDS[problem.kind]
-        return dispatch.Kernel(config, Launcher(FakeCompiled(operands=operands), operands))
+        return plans.Kernel(config, Launcher(FakeCompiled(operands=operands), operands))
 
     monkeypatch.setattr(dispatch, "compiled_kernel", note)
     q, k, lengths = bf16(1, 1, 2, 64), bf16(1, 16, 2, 64), int32(9)
@@ -570,7 +570,7 @@ cute_sparse.attention(q, q, q)
 
 
 def test_streams_have_zeroed_memory_of_their_own():
-    memory = dispatch.ZeroedMemory(torch.device("cpu"))
+    memory = targets.ZeroedMemory(torch.device("cpu"))
     given = [memory.of(stream, 100, capturing=False) for stream in range(memory.STREAMS_MAX)]
     assert len({tensor.data_ptr() for tensor in given}) == memory.STREAMS_MAX
     assert memory.of(5, 8, capturing=False) is given[5], "the next launch takes what the last one left zero"
@@ -580,7 +580,7 @@ def test_streams_have_zeroed_memory_of_their_own():
 
 
 def test_zeroed_memory_grows():
-    memory = dispatch.ZeroedMemory(torch.device("cpu"))
+    memory = targets.ZeroedMemory(torch.device("cpu"))
     small = memory.of(0, 8, capturing=False)
     large = memory.of(0, 50000, capturing=False)
     assert large.nbytes >= 50000 > small.nbytes and not large.any()
@@ -589,7 +589,7 @@ def test_zeroed_memory_grows():
 
 def test_a_launch_that_is_captured_gets_zeroed_memory_of_its_own():
     """Two graphs captured on one stream may replay at once."""
-    memory = dispatch.ZeroedMemory(torch.device("cpu"))
+    memory = targets.ZeroedMemory(torch.device("cpu"))
     shared = memory.of(0, 8, capturing=False)
     captured = [memory.of(0, 8, capturing=True) for _ in range(2)]
     assert len({tensor.data_ptr() for tensor in (shared, *captured)}) == 3

@@ -497,15 +497,15 @@ def test_requests_that_make_no_sense_are_refused(arguments, message, capsys):
 def emulated_gpu(monkeypatch):
     """torch's "cuda" device, played by the emulator, and times that say nothing."""
     pytest.importorskip("cutlass")
-    from cute_sparse import dispatch, emulator
+    from cute_sparse import dispatch, emulator, targets
 
     for name, value in dict(FLUSH_BYTES=64, LOAD_MS=0.0, WARMUP_RUNS=1, ROUNDS_MIN=1, ROUNDS_MAX=1).items():
         monkeypatch.setattr(timing, name, value)
     monkeypatch.setattr(dispatch, "_plans", {})
-    dispatch._gpu_target.cache_clear()
+    targets.gpu_target.cache_clear()
     with emulator.device("sm_90a", torch_cuda=True):
         yield
-    dispatch._gpu_target.cache_clear()
+    targets.gpu_target.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from cute_sparse.kernels.hopper import decode_config as hopper_decode_config
 
 import cute_sparse
 from cute_sparse import emulator
-from cute_sparse.dispatch import DecodeKernelPlan
 from cute_sparse.emulator import mutate
 from cute_sparse.emulator.text import module, run_ptx
+from cute_sparse.plans import DecodeKernelPlan
 from cute_sparse.workloads import in_shuffled_pages, structured_qkv
 from tests.emulator.flash_attention_4 import forget_the_gpu
 from tests.emulator.mutation_exceptions import unexplained
