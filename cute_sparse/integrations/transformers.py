@@ -7,25 +7,35 @@
 
 Both of transformers' interfaces are registered: the attention function, and the mask function of the same name (without
 it transformers passes no mask at all, and padding is attended to). Padded batches are packed and run as
-`attention_varlen`.
+`attention_varlen`. `keep_dense` names layers that no threshold is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flash_attention_mask
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 import cute_sparse
 
 NAME = "cute_sparse"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-# Of transformers' attention functions: what would change the result.
-UNSUPPORTED_OPTIONS = ("position_bias", "head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
+# What would change the result, of the options that the models of transformers 5.23 give an attention function.
+UNSUPPORTED_OPTIONS = (
+    "position_bias", "head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k", "indices", "block_indices", "sinks",
+)  # fmt: skip
+# Arguments of an attention module that has its queries, keys and values from the same tokens, in those models.
+SELF_ATTENTION_ARGUMENTS = frozenset(
+    "self hidden_states attention_mask past_key_values past_key_value position_embeddings position_ids cache_position "
+    "output_attentions use_cache kwargs".split()
+)
+DENSE = "cute_sparse_dense"  # attribute of a module, whether it is one of `keep_dense`
 Threshold = float | torch.Tensor | None
-PROBED_ROWS = 16  # query rows on which a model's mask is compared with the band that the kernels apply
+MASK_ELEMENTS = 1 << 24  # of a model's own kind of mask, compared at once with the bands that the kernels apply
 
 
 def register(
@@ -55,6 +65,24 @@ def register(
     AttentionMaskInterface.register(name, padding_mask)
 
 
+def keep_dense(model: torch.nn.Module, patterns: Iterable[str]) -> None:
+    """Give no threshold to the modules whose names match one of the patterns (fnmatch), nor to what is in them.
+
+    For `calibration.Checkpoint.ignore`. A model whose config.json names such layers is refused a threshold until this
+    has been called with it. Raises ValueError for a pattern that no module of the model matches.
+    """
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        setattr(module, DENSE, False)
+    for pattern in patterns:
+        matching = [module for name, module in modules.items() if fnmatch(name, pattern)]
+        if not matching:
+            raise ValueError(f"{pattern!r} matches no module of {type(model).__name__}")
+        for module in matching:
+            for inner in module.modules():
+                setattr(inner, DENSE, True)
+
+
 def padding_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **options
 ) -> torch.Tensor | None:
@@ -64,29 +92,68 @@ def padding_mask(
     window (chunks, prefixes, packed documents), or a cache with room behind the last token (StaticCache), raises
     NotImplementedError rather than run with another mask.
     """
+    sizes = batch_size, q_length, kv_length, int(q_offset), int(kv_offset)
     mask_function = options.get("mask_function")
-    if mask_function is not None and kv_length:
-        _check_is_band(mask_function, q_length, kv_length, int(q_offset), int(kv_offset), options.get("local_size"))
-    mask = flash_attention_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+    if mask_function is not None and kv_length and not _is_standard(mask_function, *sizes[1:], options):
+        _check_is_band(mask_function, *sizes, options)
+    mask = masking_utils.flash_attention_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
     return None if mask is None else mask.bool()
 
 
-def _check_is_band(mask_function, q_length, kv_length, q_offset, kv_offset, window) -> None:
-    step = max(1, q_length // PROBED_ROWS)
-    q_idx = torch.arange(q_offset, q_offset + q_length, step, device="cpu")[:, None]
-    kv_idx = torch.arange(kv_offset, kv_offset + kv_length, device="cpu")[None, :]
-    zero = torch.zeros((), dtype=torch.long, device="cpu")
-    visible = torch.as_tensor(mask_function(zero, zero, q_idx, kv_idx)).expand(q_idx.shape[0], kv_idx.shape[1]).cpu()
-    diagonal = q_idx + (kv_offset + kv_length) - (q_offset + q_length)  # the kernels': the last query's is the last key
-    causal = kv_idx <= diagonal
-    bands = [torch.ones_like(causal), causal]
-    if window is not None:
-        bands.append(causal & (kv_idx > diagonal - window))
-    if not any(torch.equal(visible, band) for band in bands):
-        raise NotImplementedError(
-            "this model's attention mask is not supported; supported are bidirectional, causal and causal windows, "
-            "where the last query's own key is the last one (not so in a StaticCache)"
-        )
+def _causal_window(options: dict) -> int | None:
+    """Keys that a query sees in layers with a causal window; local_size may also be the size of chunks."""
+    window = getattr(options.get("config"), "sliding_window", None)
+    return window if window is not None and window == options.get("local_size") else None
+
+
+def _is_standard(mask_function, q_length, kv_length, q_offset, kv_offset, options) -> bool:
+    """Whether the function is one of transformers' own for a band of the kernels, which no element need be asked."""
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return True
+    if q_offset + q_length != kv_offset + kv_length:
+        return False
+    window = _causal_window(options)
+    return mask_function is masking_utils.causal_mask_function or (
+        window is not None and _is_same(mask_function, masking_utils.sliding_window_causal_mask_function(window))
+    )
+
+
+def _is_same(one, other) -> bool:
+    """Whether two functions have the same code and, in their closures, the same numbers and such functions."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if not inspect.isfunction(one):
+        return isinstance(one, int) and one == other
+    cells = (tuple(cell.cell_contents for cell in function.__closure__ or ()) for function in (one, other))
+    return one.__code__ is other.__code__ and _is_same(*cells)
+
+
+def _check_is_band(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, options) -> None:
+    """Compare every element of the mask, some rows at a time."""
+    device = options.get("device", "cpu")
+    window = _causal_window(options)
+    kv_idx = torch.arange(kv_offset, kv_offset + kv_length, device=device)
+    shift = (kv_offset + kv_length) - (q_offset + q_length)  # of the kernels: the last query's own key is the last one
+    fits = {"full", "causal"} | ({"window"} if window is not None else set())
+    rows = max(1, MASK_ELEMENTS // (batch_size * kv_length))
+    for first in range(q_offset, q_offset + q_length, rows):
+        count = min(rows, q_offset + q_length - first)
+        visible = masking_utils.sdpa_mask(
+            batch_size, count, kv_length, first, kv_offset, mask_function, allow_is_causal_skip=False,
+            use_vmap=options.get("use_vmap", False), device=device,
+        )  # fmt: skip
+        diagonal = torch.arange(first, first + count, device=device)[:, None] + shift
+        bands = {"full": kv_idx <= kv_idx[-1], "causal": kv_idx <= diagonal}
+        if window is not None:
+            bands["window"] = bands["causal"] & (kv_idx > diagonal - window)
+        fits = {name for name in fits if bool((visible == bands[name]).all())}
+        if not fits:
+            raise NotImplementedError(
+                "this model's attention mask is not supported; supported are bidirectional, causal and causal windows, "
+                "where the last query's own key is the last one (not so in a StaticCache)"
+            )
 
 
 def _attend(module, query, key, value, attention_mask, scaling, dropout, is_causal, options,
@@ -106,7 +173,9 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout, is_caus
         raise NotImplementedError(f"a model in {dtype} is not supported; supported are bfloat16, float16, float32")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    window = options.get("sliding_window")
+    window = _window(module, options.get("sliding_window"), is_causal, key.shape[2])
+    if threshold is not None and _is_dense(module):
+        threshold = None
     arguments = dict(
         softmax_scale=scaling,
         causal=bool(is_causal),
@@ -119,20 +188,46 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout, is_caus
     if attention_mask is None:
         result = cute_sparse.attention(query, key, value, threshold=_of(threshold, key.shape[1]), **arguments)
     else:
-        result = _attend_unpadded(query, key, value, attention_mask, threshold, arguments)
+        result = _attend_unpadded(module, query, key, value, attention_mask, threshold, arguments)
     if on_stats is not None:
         on_stats(module, result.stats)
         result = result.out
     return result.to(dtype)
 
 
+def _window(module, window: int | None, is_causal: bool, seqlen_k: int) -> int | None:
+    """Keys that a query of the layer sees, its own the last of them; None: all."""
+    own = getattr(module, "sliding_window", None) if getattr(module, "is_sliding", True) else None
+    if window is None and own is not None and own < seqlen_k:
+        raise NotImplementedError(f"{type(module).__name__} does not give its window to its attention function")
+    if window is None or is_causal:
+        return window
+    if window < seqlen_k:
+        raise NotImplementedError(f"the window of {type(module).__name__}, on both sides of a query, is not supported")
+    return None
+
+
+def _is_dense(module) -> bool:
+    dense = getattr(module, DENSE, None)
+    if dense is None and _ignored(getattr(module, "config", None)):
+        raise ValueError("the model's config names layers that stay dense: call keep_dense(model, patterns) with them")
+    return bool(dense)
+
+
+def _ignored(config) -> bool:
+    """Whether NVIDIA Model Optimizer wrote into the model's config.json that a threshold is not for some layers."""
+    section = getattr(config, "sparse_attention_config", None)
+    groups = section.get("config_groups") if isinstance(section, dict) else None
+    return isinstance(groups, dict) and any(group.get("ignore") for group in groups.values())
+
+
 def _of(threshold, keys: int | torch.Tensor) -> Threshold:
     return threshold(keys) if callable(threshold) else threshold
 
 
-def _attend_unpadded(query, key, value, mask, threshold, arguments):
-    """mask bool (batch, seqlen_k). Of causal attention, padding rows of the result are 0; otherwise every query is
-    computed, because it may be a token of another sequence (cross-attention), of which the mask does not tell."""
+def _attend_unpadded(module, query, key, value, mask, threshold, arguments):
+    """mask bool (batch, seqlen_k). Of self-attention, padding rows of the result are 0; in cross-attention, every query
+    is computed, because it is a token of another sequence, of which the mask does not tell."""
     batch, seqlen_q, heads_q, _ = query.shape
     if mask.shape != key.shape[:2]:
         raise NotImplementedError(
@@ -144,7 +239,8 @@ def _attend_unpadded(query, key, value, mask, threshold, arguments):
             "an attention mask with gaps between the tokens of a sequence is not supported in layers with a window"
         )
     # The queries of causal attention are the last tokens.
-    q_mask = mask[:, -seqlen_q:] if arguments["causal"] else mask.new_ones((batch, seqlen_q))
+    of_the_keys = arguments["causal"] or (seqlen_q == mask.shape[1] and _is_self_attention(type(module)))
+    q_mask = mask[:, -seqlen_q:] if of_the_keys else mask.new_ones((batch, seqlen_q))
     q_tokens, k_tokens = (m.flatten().nonzero().squeeze(1) for m in (q_mask, mask))
     lengths = [m.sum(1, dtype=torch.int32) for m in (q_mask, mask)]
     cu_q, cu_k = (torch.nn.functional.pad(n.cumsum(0, dtype=torch.int32), (1, 0)) for n in lengths)
@@ -158,6 +254,12 @@ def _attend_unpadded(query, key, value, mask, threshold, arguments):
     padded[q_tokens] = packed
     padded = padded.unflatten(0, (batch, seqlen_q))
     return result._replace(out=padded) if arguments["return_stats"] else padded
+
+
+@functools.cache
+def _is_self_attention(kind: type[torch.nn.Module]) -> bool:
+    """Whether such modules are given no states but those of the queries' own tokens."""
+    return SELF_ATTENTION_ARGUMENTS.issuperset(inspect.signature(kind.forward).parameters)
 
 
 def _is_one_run(mask: torch.Tensor) -> bool:
