@@ -9,13 +9,14 @@ Where the figures are from:
       all per clock and SM.
   [C] "Dissecting the NVIDIA Hopper architecture through microbenchmarking" (arXiv 2501.12084, 2402.13499) and
       "Microbenchmarking NVIDIA's Blackwell architecture" (arXiv 2512.02189): orders of magnitude of the latencies.
+  [E] Measured by others: a copy on an H200, reads and writes together. The share is taken for all chips.
   [D] Assumed: no public figure was at hand. Kept the same for all chips where possible.
 A latency is what a dependent instruction waits, without queues. None of them was fitted to a kernel.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,19 @@ class Chip:
     tensor_memory_latency: float = 24  # [D]
     arrive_latency: float = 16  # from an arrival to those who poll [D]
     barrier_latency: float = 20  # of a poll or a barrier that need not wait [D]
+    hbm_share: float = 0.9  # of `hbm_bytes_per_s` that a copy reaches: on an H200 about 4.3 of 4.8 TB/s [E]
+    hbm_bytes: float = 0  # that one SM gets of memory; 0: whatever TMA loads is in L2
+    hbm_latency: float = 300  # of memory beyond L2's, for TMA, if `hbm_bytes` is not 0 [C]
     window: float = 64  # instructions among which the assembler is taken to reorder [D]
+
+    @property
+    def copied_bytes_per_s(self) -> float:
+        """What a copy within the chip's memory reaches, reads and writes together."""
+        return self.hbm_bytes_per_s * self.hbm_share
+
+    def streaming(self, sms: int) -> Chip:
+        """The same where memory, at a copy's speed, is shared evenly by as many SMs, which all load at once."""
+        return replace(self, hbm_bytes=self.copied_bytes_per_s / (self.clock_ghz * 1e9) / sms)
 
     def settings(self) -> str:
         """What core/timing.cpp reads: a name and a value on each line."""

@@ -41,11 +41,13 @@ class WarpTime:
 
 @dataclass(frozen=True)
 class CtaTime:
-    """tensor, tma, shared: busy clocks of the SM's tensor core, TMA and shared memory (warps' own accesses)."""
+    """tensor, tma, shared: busy clocks of the SM's tensor core, TMA and shared memory (warps' own accesses).
+    fresh_bytes: that TMA loaded and no CTA before it in the launch, among those traced, had loaded."""
 
     tensor: float
     tma: float
     shared: float
+    fresh_bytes: float
     warps: tuple[WarpTime, ...]
 
 
@@ -100,7 +102,8 @@ def estimate(device: Device, chip: Chip, *, launch: int = -1, cluster: int = 0, 
         raise IndexError(f"{cluster=}: {device.core.traced_clusters(index)} clusters were traced")
     record = device.core.estimate(index, cluster, chip.settings(), events)
     ctas = tuple(
-        CtaTime(c["tensor"], c["tma"], c["shared"], tuple(_warp(w) for w in c["warps"])) for c in record["ctas"]
+        CtaTime(c["tensor"], c["tma"], c["shared"], c["fresh_bytes"], tuple(_warp(w) for w in c["warps"]))
+        for c in record["ctas"]
     )
     return Estimate(record["cycles"], ctas, tuple(Event(*event) for event in record["events"]))
 

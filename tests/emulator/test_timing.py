@@ -163,6 +163,21 @@ def test_a_round_trip_to_global_memory_takes_the_latency_and_the_bytes():
     assert trip(1024, farther) - trip(1024) == 1000
 
 
+def test_what_is_loaded_first_comes_from_memory_and_what_is_loaded_again_from_l2():
+    streaming = HOPPER.streaming(HOPPER.sms)
+    assert streaming.hbm_bytes * streaming.sms * streaming.clock_ghz * 1e9 == pytest.approx(0.9 * 4.8e12)
+
+    def more(body: str) -> float:
+        return clocks(body, chip=streaming) - clocks(body)
+
+    slower = 8192 / streaming.hbm_bytes - 8192 / HOPPER.l2_bytes + HOPPER.hbm_latency
+    assert more(round_trips(1, 8192)) == more(round_trips(5, 8192)) == pytest.approx(slower, abs=2)
+    apart = round_trips(5, 8192).split("cp.async")
+    apart = "cp.async".join(part.replace("[%d0]", f"[%d0+{8192 * (k - 1)}]") for k, part in enumerate(apart))
+    assert more(apart) == pytest.approx(5 * slower, abs=10)
+    assert timed(apart).ctas[0].fresh_bytes == 5 * 8192 and timed(round_trips(5, 8192)).ctas[0].fresh_bytes == 8192
+
+
 def multicasts(count: int, nbytes: int) -> str:
     """Each of two CTAs sends `count` times `nbytes` to both, and waits for all."""
     meet = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"

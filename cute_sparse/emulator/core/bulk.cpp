@@ -390,6 +390,8 @@ void issue_load(Warp& warp, const Instr& i, const BulkCopy& copy, const BulkOper
   touch_global_async(warp, op->targets[0].stamp, o.from, o.size, false);
   for (const SharedTarget& target : op->targets)
     touch_shared_async(warp, target.stamp, target.address, o.size, true);
+  if (warp.cluster->trace)
+    warp.cluster->trace->amount(Note::Kind::fresh, warp.cluster->launch->sectors_seen.ask(o.from, o.size));
   warp.tally.tma_bytes_loaded += o.size;
   warp.cluster->issue(std::move(op));
 }

@@ -397,6 +397,7 @@ struct Launch {
   std::atomic<bool> failed{false};
   std::mutex traces_mutex;
   std::vector<std::shared_ptr<ClusterTrace>> traces;
+  SectorsSeen sectors_seen;
   // By statement: 1 once it has made a difference. A wait: it has taught the warp what it did not know, and the warp
   // has acted since, or arrived where somebody waited; waits for bulk groups that threads need in order to exit have,
   // too. A commit of a bulk group: such a wait counted it. An arrival: a wait has learned of it. A bar.warp.sync: lanes

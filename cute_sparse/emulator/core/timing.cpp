@@ -354,8 +354,8 @@ struct Sm {  // one CTA's
   std::array<double, SCHEDULERS> tensor{}, tensor_memory{};  // wgmma runs in each sub-partition
   std::array<uint32_t, SCHEDULERS> turn{};
   double umma = 0;  // tcgen05 queue
-  double shared = 0, global = 0, tma_in = 0, tma_out = 0, port = 0;
-  double tma_busy = 0, shared_busy = 0, tensor_busy = 0;
+  double shared = 0, global = 0, tma_in = 0, tma_out = 0, port = 0, hbm = 0;
+  double tma_busy = 0, shared_busy = 0, tensor_busy = 0, fresh_bytes = 0;
 };
 
 struct Event {
@@ -373,6 +373,7 @@ class Run {
     shared_bytes_ = get("shared_bytes");
     l2_bytes_ = get("l2_bytes");
     port_bytes_ = get("port_bytes");
+    hbm_bytes_ = get("hbm_bytes");
     arrive_latency_ = get("arrive_latency");
     barrier_latency_ = get("barrier_latency");
     commit_latency_ = get("commit_latency");
@@ -421,7 +422,8 @@ class Run {
   Costs costs_;
   bool keeps_events_;
   uint32_t window_ = 1, ctas_ = 0;
-  double mma_macs_, shared_bytes_, l2_bytes_, port_bytes_, arrive_latency_, barrier_latency_, commit_latency_;
+  double mma_macs_, shared_bytes_, l2_bytes_, port_bytes_, hbm_bytes_;
+  double arrive_latency_, barrier_latency_, commit_latency_;
   std::vector<WarpRun> warps_;
   std::vector<Sm> sms_;
   std::vector<std::vector<uint32_t>> by_scheduler_;
@@ -723,7 +725,8 @@ class Run {
     if (load) w.done[e.step] = done;
   }
 
-  // L2 serves a load once, at the pace of whoever asks; every CTA that it reaches takes all of it in.
+  // L2 serves a load once, at the pace of whoever asks; every CTA that it reaches takes all of it in. What the launch
+  // has not loaded before comes from memory, in a queue of its own, if the chip is said to have one (`hbm_bytes`).
   double load_bulk(WarpRun& w, Sm& sm, const Entry& e, double now) {
     const double bytes = amount(w, e, {Note::Kind::loaded, Note::Kind::global_read});
     const double begin = std::max(now, sm.tma_in), clocks = bytes / l2_bytes_;
@@ -737,7 +740,15 @@ class Run {
       port = std::max(now, port) + double(note->amount) / port_bytes_;
       there = std::max(there, port);
     }
-    const double done = there + get("tma_latency");
+    double latency = get("tma_latency");
+    const double fresh = amount(w, e, {Note::Kind::fresh});
+    sm.fresh_bytes += fresh;
+    if (hbm_bytes_ > 0 && fresh > 0) {
+      sm.hbm = std::max(now, sm.hbm) + fresh / hbm_bytes_;
+      there = std::max(there, sm.hbm);
+      latency += get("hbm_latency");
+    }
+    const double done = there + latency;
     if (e.cost->grouped) w.bulk_open.done = w.bulk_open.read = std::max(w.bulk_open.done, done);
     event(w.cta, "TMA loads", "load", now, done);
     return done;
@@ -847,7 +858,7 @@ class Run {
   void write_cta(Json& json, uint32_t cta) {
     const Sm& sm = sms_[cta];
     json.begin('{').key("tensor").real(sm.tensor_busy).key("tma").real(sm.tma_busy);
-    json.key("shared").real(sm.shared_busy).key("warps").begin('[');
+    json.key("shared").real(sm.shared_busy).key("fresh_bytes").real(sm.fresh_bytes).key("warps").begin('[');
     for (const WarpRun& w : warps_) {
       if (w.cta != cta) continue;
       json.begin('{').key("warp").number(w.index).key("end").real(w.end).key("issued").number(int64_t(w.issued));

@@ -16,7 +16,7 @@ namespace emu {
 
 using Settings = std::map<std::string, double>;  // cute_sparse/emulator/chips.py names and explains them
 
-// {"cycles", "ctas": [{"tensor": busy cycles, "tma", "shared",
+// {"cycles", "ctas": [{"tensor": busy cycles, "tma", "shared", "fresh_bytes",
 //                      "warps": [{"warp", "end", "issued": instructions, "units": {unit: busy cycles},
 //                                 "waits": {kind: cycles}, "lines": {PTX line: cycles waited}}]}],
 //  "events": [[CTA in the cluster, track, name, begin, end]]}   only if asked for; track: a warp or an engine

@@ -164,6 +164,14 @@ uint64_t touch_global_box(Warp& warp, const Box& box, const Stamp& stamp, bool w
   return total;
 }
 
+void note_fresh(Warp& warp, const Box& box) {
+  uint64_t bytes = 0;
+  for_each_global_range(box, [&](uint64_t address, uint64_t count) {
+    bytes += warp.cluster->launch->sectors_seen.ask(address, count);
+  });
+  warp.cluster->trace->amount(Note::Kind::fresh, bytes);
+}
+
 // Shared bytes that a store reads: whole rows inside the tensor; of rows that stick out, the chunks that hold
 // elements inside it.
 void touch_shared_source(Warp& warp, const Box& box, const Stamp& stamp, uint32_t shared) {
@@ -310,6 +318,7 @@ void issue_load(Warp& warp, const Instr& i, const TensorCopy& copy, const Tensor
                                {copy.multicast, copy.pair, o.cta_mask}, lane);
   touch_global_box(warp, op->box, op->targets[0].stamp, false, false, lane);
   for (const SharedTarget& target : op->targets) touch_shared_async(warp, target.stamp, target.address, bytes, true);
+  if (warp.cluster->trace) note_fresh(warp, op->box);
   warp.tally.tma_bytes_loaded += bytes;
   warp.cluster->issue(std::move(op));
 }

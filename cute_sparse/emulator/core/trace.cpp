@@ -19,4 +19,18 @@ void WarpTrace::count(const Tally& t) {
   }
 }
 
+uint64_t SectorsSeen::ask(uint64_t address, uint64_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  uint64_t fresh = 0;
+  const uint64_t end = (address + bytes + SECTOR_BYTES - 1) / SECTOR_BYTES;
+  for (uint64_t sector = address / SECTOR_BYTES; sector < end; ++sector) {
+    auto& page = pages_[sector / PAGE_SECTORS];
+    if (page.empty()) page.resize(PAGE_SECTORS);
+    auto seen = page[sector % PAGE_SECTORS];
+    fresh += seen ? 0 : SECTOR_BYTES;
+    seen = true;
+  }
+  return fresh;
+}
+
 }  // namespace emu

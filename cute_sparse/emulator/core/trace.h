@@ -4,6 +4,8 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <mutex>
+#include <unordered_map>
 #include <vector>
 
 namespace emu {
@@ -20,6 +22,7 @@ struct Note {
     loaded, stored, shared_read, shared_written, global_read, global_written,  // bytes, in `amount`
     received, // bytes of a load, in `amount`, that reached the shared memory of the CTA `phase`
     mma,      // tcgen05.mma: multiply-accumulates in `amount`, bytes of shared memory that it reads in `phase`
+    fresh,    // bytes of global memory, in `amount`, that a TMA load is the first of the launch to ask for
   } kind;
   uint64_t barrier = 0;  // see barrier_key
   uint64_t phase = 0;    // number of the phase, from 0 on
@@ -43,6 +46,18 @@ struct WarpTrace {
  private:
   uint32_t begin_ = 0;  // of the notes of the step under way
   uint64_t bytes_[6] = {0, 0, 0, 0, 0, 0};
+};
+
+// Which sectors of global memory the TMA loads of a launch have asked for: those of clusters that are traced.
+class SectorsSeen {
+ public:
+  // The bytes of the sectors of [address, address + bytes) that nobody has asked for before.
+  uint64_t ask(uint64_t address, uint64_t bytes);
+
+ private:
+  static constexpr uint64_t SECTOR_BYTES = 32, PAGE_SECTORS = 1 << 15;
+  std::mutex mutex_;
+  std::unordered_map<uint64_t, std::vector<bool>> pages_;
 };
 
 enum class BarrierSpace : uint8_t { mbarrier, named, cluster };
