@@ -2,6 +2,7 @@
 
     python -m profiling.model prefill --arch sm_100a --peers fa4 [--case NAME] [--roles]
     python -m profiling.model calibrate --arch sm_90a
+    python -m profiling.model decode --arch sm_90a [--case NAME] [--sparsity 0,0.73,0.9]    (profiling/model_decode.py)
 
 `prefill` prints our kernel's modelled time over each peer's, per published shape; `calibrate` prints FlashAttention-4's
 modelled TFLOP/s beside what others have published of it, and exits with 1 if they differ by more than the bounds below.
@@ -431,6 +432,20 @@ def calibrate(arch: str) -> int:
     return 0 if good else 1
 
 
+def _decode(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from profiling import decode, model_decode
+
+    for name in options.case or ():
+        if name not in decode.CASES:
+            parser.error(f"--case {name} is unknown; these are known: {', '.join(decode.CASES)}")
+    cases = {name: decode.CASES[name] for name in options.case or decode.TABLES}
+    sparsities = [float(share) for share in options.sparsity.split(",") if share]
+    if not all(0 <= share < 1 for share in sparsities):
+        parser.error(f"--sparsity {options.sparsity}: shares are at least 0 and less than 1")
+    model_decode.report(options.arch, cases, sparsities)
+    return 0
+
+
 def spearman(a: list[float], b: list[float]) -> float:
     """Correlation of ranks; equal values share the mean of their ranks."""
     x, y = _ranks(a), _ranks(b)
@@ -451,11 +466,16 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("--case", action="append", help="a published shape; all of them by default")
     compare.add_argument("--roles", action="store_true", help="what each role's warps do with their time")
     against = commands.add_parser("calibrate", help="FlashAttention-4, modelled beside published")
-    for command in (compare, against):
+    decode = commands.add_parser("decode", help="our decode kernels' modelled time beside that of a copy")
+    decode.add_argument("--case", action="append", help="of profiling/decode.py; all but the small ones by default")
+    decode.add_argument("--sparsity", default="", help="comma-separated shares of tiles that are skipped")
+    for command in (compare, against, decode):
         command.add_argument("--arch", required=True)
     options = parser.parse_args(arguments)
     if options.arch not in ARCHES:
         parser.error(f"--arch {options.arch} is not modelled; these are: {', '.join(ARCHES)}")
+    if options.command == "decode":
+        return _decode(parser, options)
     if options.command == "calibrate":
         if options.arch not in PUBLISHED:
             parser.error(f"nothing is published of {options.arch} to compare with; there is of: {', '.join(PUBLISHED)}")

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("cutlass", reason="pieces are compiled")
 
 from cute_sparse.emulator import chips
-from profiling import model
+from profiling import model, model_decode
 from profiling.bench import flops
+from profiling.decode import DecodeShape
 from profiling.model import Fitted, Kind, Line
 from profiling.peers import Shape
 
@@ -173,3 +174,41 @@ def test_operations_are_counted_as_the_benchmark_does(lines):
     causal = shape(2048, causal=True)
     result = model.launch("ours", "sm_90a", causal)
     assert result.tflops == pytest.approx(flops(causal) / result.seconds / 1e12)
+
+
+# ---- Decode --------------------------------------------------------------------------------------------------------
+
+
+def test_a_decode_launch_takes_its_bytes_and_the_excess_of_its_worst_cta(monkeypatch):
+    """16384 tiles of 32 KB on 132 CTAs, half of their V not read; the mean excess grows by 2 clocks for each tile."""
+    excess = {tiles: (1000.0, 1200 + 4.0 * tiles) for tiles in model_decode.TILES}
+
+    def traced(arch, shape, skipped):
+        tiles = model_decode.split_of(arch, shape, True).tiles_per_cta
+        return model_decode.Traced(tiles, excess[min(excess, key=lambda t: abs(t - tiles))], 0.5)
+
+    monkeypatch.setattr(model_decode, "traced", traced)
+    case = DecodeShape((16384 * 64,), 4, 1)
+    chip, launch = chips.chip_of("sm_90a"), model_decode.launch("sm_90a", case, 0.5)
+    beyond = 16384 / chip.sms - 32
+    assert launch.clocks - launch.bytes_clocks == pytest.approx(excess[32][1] + 2 * beyond, rel=0.05)
+    seconds = launch.bytes_clocks / (chip.clock_ghz * 1e9)
+    assert seconds == pytest.approx(0.75 * case.kv_bytes / chip.copied_bytes_per_s)
+
+
+@pytest.mark.parametrize("lengths", [(512 * 1024,), (16384,) * 128, (256 * 1024, *[1024] * 127)])
+def test_what_is_emulated_of_a_decode_case_is_cut_as_the_case_is(lengths):
+    """As many CTAs, items for each tile, and parts of an item; fewer tiles."""
+    case = DecodeShape(lengths, 32, 8)
+    whole = model_decode.split_of("sm_90a", case, False)
+    part = model_decode.split_of("sm_90a", model_decode.reduced("sm_90a", case, False, 32), False)
+    assert part.busy == whole.busy and part.tiles < whole.tiles / 8
+    assert part.parts == pytest.approx(whole.parts, abs=1)
+
+
+def test_a_modelled_decode_launch_skips_as_many_tiles_as_it_was_asked_to():
+    case = DecodeShape((4096,), 4, 1, page_size=64)
+    none, half = (model_decode.launch("sm_90a", case, skipped) for skipped in (0.0, 0.5))
+    assert none.skipped == 0 and half.skipped == pytest.approx(0.5, abs=0.1)
+    assert half.clocks < none.clocks
+    assert none.clocks > none.bytes_clocks + model_decode.chips.chip_of("sm_90a").hbm_latency
