@@ -1,4 +1,4 @@
-"""Attention timed beside its peers: python -m profiling.bench prefill [--case NAMES] [--peers cudnn,flash,fa4,flex]
+"""Attention timed beside its peers: python -m profiling.bench prefill [--case NAMES] [--peers cudnn,flash,fa4,..]
 [--sparsity 0,0.5,0.75,0.9] [--out DIR], or python -m profiling.bench decode [--peers copy,flash,fa4,flashinfer] ..
 
 Protocol
@@ -8,7 +8,7 @@ Protocol
   run dense (FlexAttention also with a block mask of the kept tiles). Never zeros: they run faster.
 * Before a provider is timed its result is compared, in sampled rows of sampled heads, with attention in float32 over
   the same tiles; its relative L2 error must be at most ERROR_FACTOR times that of PyTorch rounding weights and result
-  to the dtype. A provider that fails is not timed.
+  to the dtype. A provider that fails is not timed; one whose result is wrong after it was timed has no time.
 * Warm-up, then rounds in which each provider runs once, another one first each time, L2 flushed before each run,
   by reading. Times are CUDA events around one call; the 20th, 50th and 80th percentile of a row are over the rounds.
 * Clocks, power and temperature are read while the first provider, ours if it passed, runs back to back, and written
@@ -241,7 +241,7 @@ class Bench:
             providers, qkv = self._providers(name, shape, sparsities)
             providers = [provider for provider in providers if self._check(name, shape, qkv, provider)]
             if providers:
-                self._measure(name, shape, providers, tick)
+                self._measure(name, shape, qkv, providers, tick)
         except Exception as error:
             self._failed(name, error)
 
@@ -317,16 +317,16 @@ class Bench:
         return (shape.batch, shape.seqlen, shape.heads_q, shape.head_dim_v)
 
     def _check(self, name: str, shape: Shape, qkv, provider: Provider) -> bool:
-        def error_over(kept) -> tuple[float, float]:
-            return self._sampled_error(shape, qkv, out, kept)
-
+        """Whether the provider's result is right; its errors become rows. A copy has nothing to check."""
+        if provider.name == decode.COPY:
+            return True
         try:
             with timing.phase(f"check {provider.label}"):
-                out = provider.call()
-                error = checked_error(self._out_shape(shape), out, lambda: error_over(provider.kept))
+                out, error = self._checked(shape, qkv, provider)
                 self._write(name, provider, "error", timing.once(error))
                 if provider.kept is not None:
-                    self._write(name, provider, "error_dense", timing.once(error_over(None)[0]))
+                    error_dense, _ = self._sampled_error(shape, qkv, out, None)
+                    self._write(name, provider, "error_dense", timing.once(error_dense))
         except Missing as reason:
             self.missing.append(f"{name}, {provider.mode}: {provider.name}: {reason}")
             return False
@@ -337,7 +337,25 @@ class Bench:
             self._write(name, provider, metric, timing.once(value))
         return True
 
-    def _measure(self, name: str, shape: Shape, providers: list[Provider], tick: Call) -> None:
+    def _checked(self, shape: Shape, qkv, provider: Provider) -> tuple[torch.Tensor, float]:
+        """A call's result and its error. Raises Wrong."""
+        out = provider.call()
+        return out, checked_error(
+            self._out_shape(shape), out, lambda: self._sampled_error(shape, qkv, out, provider.kept)
+        )
+
+    def _still_right(self, name: str, shape: Shape, qkv, provider: Provider) -> bool:
+        """Whether the result is right behind many runs, too: one may leave something that spoils the next."""
+        if provider.name == decode.COPY:
+            return True
+        try:
+            self._checked(shape, qkv, provider)
+            return True
+        except Exception as error:
+            self._failed(f"{name}, {provider.label}, after timing", error)
+            return False
+
+    def _measure(self, name: str, shape: Shape, qkv, providers: list[Provider], tick: Call) -> None:
         if timing.profiled():
             for provider in providers:
                 with timing.captured(f"{name}, {provider.label}"):
@@ -347,6 +365,8 @@ class Bench:
         with timing.phase(f"time {name}"):
             times = timing.interleaved(calls, self.timer, tick)
         for provider in providers:
+            if not self._still_right(name, shape, qkv, provider):
+                continue
             found = timing.quantiles(times[provider.label])
             self._write(name, provider, "time", found)
             self._write(name, provider, *self._rate(shape, found))
@@ -389,9 +409,6 @@ class DecodeBench(Bench):
 
     def _out_shape(self, shape: decode.DecodeShape) -> tuple[int, ...]:
         return (shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim_v)
-
-    def _check(self, name: str, shape: decode.DecodeShape, inputs, provider: Provider) -> bool:
-        return provider.name == decode.COPY or super()._check(name, shape, inputs, provider)
 
     def _rate(self, shape: decode.DecodeShape, times: timing.Quantiles) -> tuple[str, timing.Quantiles]:
         return "bandwidth", timing.Quantiles(*(shape.kv_bytes / (ms * 1e9) for ms in reversed(times)))

@@ -73,9 +73,14 @@ def _sdpa(
     return call
 
 
-def _flash_attention_4(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: KeptTiles | None) -> Call:
+def _flash_attention_4(
+    pack_gqa: bool | None, shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: KeptTiles | None
+) -> Call:
+    """pack_gqa: whether the query heads of a KV head share a tile; None: as FlashAttention-4 chooses, which is yes."""
     if kept is not None:
         raise Missing("FlashAttention-4 is compared dense")
+    if pack_gqa is False and shape.heads_q == shape.heads_kv:
+        raise Missing("there are no query heads to pack")
     try:
         from flash_attn.cute import flash_attn_func
     except ImportError as error:
@@ -83,7 +88,8 @@ def _flash_attention_4(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.
     window = (None, None) if shape.window_left is None else (shape.window_left, 0)
 
     def call() -> torch.Tensor:
-        out = flash_attn_func(q, k, v, causal=shape.causal and shape.window_left is None, window_size=window)
+        causal = shape.causal and shape.window_left is None
+        out = flash_attn_func(q, k, v, causal=causal, window_size=window, pack_gqa=pack_gqa)
         return out[0] if isinstance(out, tuple) else out
 
     return call
@@ -172,6 +178,7 @@ def in_flex_blocks(kept: KeptTiles) -> KeptTiles:
 PEERS: dict[str, Callable[[Shape, torch.Tensor, torch.Tensor, torch.Tensor, KeptTiles | None], Call]] = {
     "cudnn": functools.partial(_sdpa, "CUDNN_ATTENTION"),
     "flash": functools.partial(_sdpa, "FLASH_ATTENTION"),
-    "fa4": _flash_attention_4,
+    "fa4": functools.partial(_flash_attention_4, None),
+    "fa4-unpacked": functools.partial(_flash_attention_4, False),
     "flex": _flex,
 }

@@ -220,9 +220,11 @@ def plots(measured: Measured, folder: Path) -> list[Path]:
 
 
 NAMES = {OURS: "cute_sparse", "cudnn": "cuDNN", "flash": "PyTorch's flash", "fa4": "FlashAttention-4",
+         "fa4-unpacked": "FlashAttention-4, heads apart",
          FLEX: "FlexAttention", "flashinfer": "FlashInfer", decode.COPY: "copy, the roof"}  # fmt: skip
 STYLES = {OURS: dict(color="C3", marker="o", linewidth=2.5, zorder=3), "cudnn": dict(color="C2", marker="s"),
           "flash": dict(color="C4", marker="v"), "fa4": dict(color="C0", marker="D"),
+          "fa4-unpacked": dict(color="C9", marker="d"),
           FLEX: dict(color="C5", marker="^"), "flashinfer": dict(color="C2", marker="s"),
           decode.COPY: dict(color="grey", marker="_", linestyle=":")}  # fmt: skip
 

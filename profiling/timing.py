@@ -16,7 +16,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 PROFILED_VARIABLE = "CUTE_SPARSE_PROFILED"
-FLUSH_BYTES = 1 << 30  # several times any L2 there is (B200: 126 MB); takes 0.2 ms to read
+# Many times any L2 there is (B200: 126 MB), so that reading them, 0.5 ms at H200's 4.3 TB/s, outlasts what a call costs
+# the host: a peer of slow Python (FlexAttention's guards) would be timed with a GPU that waits for it.
+FLUSH_BYTES = 2 << 30
 LOAD_MS = 1300.0  # how long the GPU is busy for its state to be read: the power told is an average over one second
 LOAD_SHARE_LEFT = 0.2
 LOAD_CALLS_MAX = 50_000

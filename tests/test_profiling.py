@@ -366,6 +366,20 @@ def test_a_peer_that_fails_or_is_wrong_or_missing_is_named_and_the_rest_is_measu
     assert timed == [("tiny", "cute_sparse"), ("again", "cute_sparse")]
 
 
+def test_a_result_that_is_wrong_after_timing_has_no_time(tmp_path, quick, monkeypatch):
+    """As of a kernel whose counters a launch leaves as they are: the first call alone is right."""
+
+    def right_once(shape, q, k, v, kept):
+        calls, attend = [], torch_attention(shape, q, k, v, kept)
+        return lambda: attend() * (1.0 if not calls.append(1) and len(calls) == 1 else 1.1)
+
+    monkeypatch.setitem(peers.PEERS, "fa4", right_once)
+    run = make_bench(tmp_path, ["fa4"])
+    run.run("tiny", SHAPE, None)
+    assert len(run.failures) == 1 and "tiny, fa4, dense, after timing: Wrong: relative error" in run.failures[0]
+    assert {row.provider for row in written(tmp_path) if row.metric in ("time", "rate")} == {"cute_sparse"}
+
+
 def test_an_error_while_timing_keeps_the_earlier_rows_and_goes_on(tmp_path, quick, monkeypatch):
     run = make_bench(tmp_path)
     run.run("first", SHAPE, None)
@@ -454,6 +468,17 @@ def test_a_window_is_no_case_for_pytorchs_attention(name):
         peers.PEERS[name](SHAPE._replace(window_left=10), q, q, q, None)
 
 
+@pytest.mark.parametrize("name, packs", [("fa4", None), ("fa4-unpacked", False)])
+def test_flash_attention_4_packs_heads_as_it_chooses_or_not_at_all(name, packs, monkeypatch):
+    asked = []
+    interface = types.SimpleNamespace(flash_attn_func=lambda *_, pack_gqa, **__: asked.append(pack_gqa))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", interface)
+    peers.PEERS[name](SHAPE, None, None, None, None)()
+    assert asked == [packs]
+    with pytest.raises(Missing, match="no query heads to pack"):
+        peers.PEERS["fa4-unpacked"](SHAPE._replace(heads_kv=2), None, None, None, None)
+
+
 CUDNN_SAYS = "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph."
 
 
@@ -481,7 +506,7 @@ def test_a_backend_that_does_not_take_a_shape_is_missing_rather_than_failed(tmp_
         (["prefill", "--case", "none"], "unknown case 'none'; there are d128-2k-causal"),
         (["prefill", "--case", "d128-2k-causal,x,y"], "unknown case 'x, y'; there are"),
         (["prefill", "--case", ""], "unknown case ''; there are"),
-        (["prefill", "--peers", "cudnn,xformers"], "unknown peer xformers; there are cudnn, flash, fa4, flex"),
+        (["prefill", "--peers", "cudnn,xformers"], "unknown peer xformers; there are cudnn, flash, fa4, fa4-unpacked"),
         (["prefill", "--sparsity", "0,x"], "not a list of numbers"),
         (["prefill", "--sparsity", "1"], "in [0, 1)"),
         (["backward"], "invalid choice"),
