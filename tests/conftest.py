@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import os
 import tempfile
@@ -19,12 +20,34 @@ ORDERS = ("eager", "late", "random")  # in which asynchronous work completes; se
 def pytest_configure(config: pytest.Config) -> None:
     """A cache of its own: tests must neither use nor fill the user's. And one thread for PyTorch: threads that wait
     for each other cost these small tensors five times their work."""
+    config.stash[STDERR] = os.dup(2)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
     torch.set_num_threads(1)
     if "CUTE_SPARSE_CACHE_DIR" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="cute-sparse-tests-")
         config.add_cleanup(folder.cleanup)
         os.environ["CUTE_SPARSE_CACHE_DIR"] = folder.name
+
+
+GPU_TEST_S = 90.0  # of which most is compiling
+STDERR = pytest.StashKey[int]()  # the process's own, beside the one that pytest captures
+
+
+@pytest.fixture(autouse=True)
+def _spares_the_other_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A kernel that hangs cannot be interrupted, and behind one that touched what it must not every CUDA call of the
+    process fails: the process says where and ends, and of pytest-xdist's another takes its place."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(GPU_TEST_S, exit=True, file=request.config.stash[STDERR])
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @dataclass(frozen=True)
