@@ -102,7 +102,8 @@ def number(value: float | None, form: str) -> str:
 
 
 def dense_table(measured: Measured) -> str:
-    """TFLOP/s, or TB/s of decode: the best of a line in bold (a copy is a roof, no rival), and clock and power."""
+    """TFLOP/s, or TB/s of decode: the best of a line in bold (a copy is a roof, no rival), how many times as fast ours
+    is as the fastest peer of one run, or as the copy, and clock and power."""
     metric, form = ("bandwidth", ".2f") if measured.op == "decode" else ("rate", ".0f")
     names = measured.providers("dense")
     lines = []
@@ -111,9 +112,13 @@ def dense_table(measured: Measured) -> str:
         best = max((rate for name, rate in rates.items() if rate is not None and name != decode.COPY), default=None)
         cells = [f"**{rate:{form}}**" if rate is not None and rate == best and name != decode.COPY else
                  number(rate, form) for name, rate in rates.items()]  # fmt: skip
+        other = decode.COPY if measured.op == "decode" else fastest_peer(measured, case, "dense")
+        ratio = number(measured.speed_up(case, ("dense", other), ("dense", OURS)), ".2f")
         state = [number(measured.value(case, "dense", "gpu", name), ".0f") for name in ("sm_clock", "power")]
-        lines.append([case, *cells, number(measured.value(case, "dense", OURS, "time"), ".3f"), *state])
-    return table([rows.UNITS[metric], *names, f"{OURS}, ms", "SM clock, MHz", "power, W"], lines)
+        time = number(measured.value(case, "dense", OURS, "time"), ".3f")
+        lines.append([case, *cells, ratio, time, *state])
+    compared = "of the copy" if measured.op == "decode" else "of the best peer"
+    return table([rows.UNITS[metric], *names, compared, f"{OURS}, ms", "SM clock, MHz", "power, W"], lines)
 
 
 STRUCTURED = "structured, dense"
@@ -145,9 +150,9 @@ def sparsity_table(measured: Measured, case: str) -> str:
     return table(head, lines)
 
 
-def fastest_peer(measured: Measured, case: str) -> str | None:
+def fastest_peer(measured: Measured, case: str, mode: str = STRUCTURED) -> str | None:
     """That computes every tile; a copy computes none."""
-    speeds = {name: measured.speed_up(case, (STRUCTURED, OURS), (STRUCTURED, name)) for name in measured.peers
+    speeds = {name: measured.speed_up(case, (mode, OURS), (mode, name)) for name in measured.peers
               if name != decode.COPY}  # fmt: skip
     return max((name for name, speed in speeds.items() if speed is not None), key=speeds.get, default=None)
 
@@ -254,7 +259,8 @@ def _panels(measured: Measured, figure, titles: tuple[str, str], of_panel, x_of,
         one.set_xticks(sorted(ticks), [_short(x) for x in sorted(ticks)], fontsize="small")
         one.minorticks_off()
     axes[0].set_ylim(bottom=0)
-    figure.legend(drawn.values(), [NAMES[name] for name in drawn], loc="outside lower center", ncols=len(drawn) or 1)
+    columns = min(len(drawn), 4) or 1
+    figure.legend(drawn.values(), [NAMES[name] for name in drawn], loc="outside lower center", ncols=columns)
     return list(axes) if drawn else []
 
 

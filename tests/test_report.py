@@ -55,11 +55,13 @@ def made_up() -> list[rows.Row]:
     return found
 
 
-def test_the_dense_table_has_the_cases_in_order_and_the_best_in_bold():
-    lines = report.dense_table(report.Measured(made_up())).splitlines()
-    assert lines[0] == "| TFLOP/s | cute_sparse | fa4 | cute_sparse, ms | SM clock, MHz | power, W |"
-    assert lines[2].startswith("| d128-2k-causal | 500 | **522** | 0.")
-    assert lines[3].startswith("| d128-8k-causal | **700** | 675 |") and lines[3].endswith("| 1755 | 690 |")
+def test_the_dense_table_has_the_cases_in_order_and_the_best_in_bold_and_how_far_ours_is_from_the_best_peer():
+    slower = [row("cudnn", "d128-8k-causal", "dense", "time", 100.0)]
+    lines = report.dense_table(report.Measured(made_up() + slower)).splitlines()
+    head = "| TFLOP/s | cute_sparse | cudnn | fa4 | of the best peer | cute_sparse, ms | SM clock, MHz | power, W |"
+    assert lines[0] == head
+    assert lines[2].startswith("| d128-2k-causal | 500 |  | **522** | 0.96 | 0.")
+    assert lines[3].startswith("| d128-8k-causal | **700** |  | 675 | 1.04 |") and lines[3].endswith("| 1755 | 690 |")
     assert len(lines) == 4
 
 
@@ -119,7 +121,7 @@ def test_a_copy_is_a_roof_and_no_rival():
     measured = report.Measured(made_up_decode(), "decode")
     lines = report.dense_table(measured).splitlines()
     assert lines[0].startswith("| TB/s | cute_sparse | copy | fa4 |")
-    assert lines[2].startswith(f"| {PAGED} | **4.10** | 4.30 | 3.90 |")
+    assert lines[2].startswith(f"| {PAGED} | **4.10** | 4.30 | 3.90 | 0.95 |")
     assert "of fa4" in report.sparsity_table(measured, PAGED).splitlines()[0]
     assert "| 0.9 | 90.0% | 0.01 | 0.125 | 1.95 | 2.05 |" in report.sparsity_table(measured, PAGED)
 
