@@ -243,8 +243,9 @@ def run_process(step: Step, limit_s: float, folder: Path) -> int | None:
         log.write(f"\n==== {step.name}: {shlex.join(command)}\n".encode())
         log.flush()
         environment = os.environ | kernel_cache() | dict(step.environment) | {"PYTHONUNBUFFERED": "1"}
+        # A group of its own, to be ended as one; no session of its own: who ends ours must reach it.
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=os.setpgrp
         )
         try:
             return process.wait(limit_s)
@@ -264,6 +265,11 @@ def is_cold() -> bool:
     """Whether this machine holds no kernel of these sources: a state may have been made on another."""
     folder = cache.directory()
     return folder is not None and not any(folder.glob("*.o"))
+
+
+def _leave(number: int, frame: object) -> None:
+    """On a signal: as Ctrl-C does, through what ends the step that runs; it is to do in the next call."""
+    sys.exit(128 + number)
 
 
 END_S = 20.0  # for a killed process to end; behind it the next step begins anyhow
@@ -380,6 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, OSError, ValueError) as error:
         print(f"gpu_check.py: {error}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, _leave)
     check(chosen, state, folder, options.budget, again=options.again, cold=is_cold())
     print_tables(folder)
     return summary(chosen, state, folder)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -150,6 +152,27 @@ def test_a_process_at_its_limit_ends_with_its_children(tmp_path):
     assert "begun" in (tmp_path / "log.txt").read_text()
     child = int((tmp_path / "child").read_text())
     assert ended(child)
+
+
+def test_a_check_that_is_ended_ends_its_step_which_is_to_do(tmp_path, monkeypatch):
+    """As by who lent the machine; a step that outlived it would be timed beside the next one."""
+    step = Step("p", ("sh", "-c", "sleep 300 & echo $! > '{out}/child'; wait"), 60.0)
+    before = signal.signal(signal.SIGTERM, gpu_check._leave)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        with pytest.raises(SystemExit) as left:
+            gpu_check.check([step], State(tmp_path, "s"), tmp_path, 540.0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert ended(int((tmp_path / "child").read_text()))
+    assert State(tmp_path, "s").to_do([step]) == [step]
+
+
+def test_a_step_belongs_to_the_session_of_the_check(tmp_path):
+    step = Step("p", (sys.executable, "-c", "import os; print(os.getsid(0), os.getpgrp() == os.getpid())"), 60.0)
+    assert gpu_check.run_process(step, 60.0, tmp_path) == 0
+    assert f"\n{os.getsid(0)} True\n" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_killed_process_that_does_not_end_holds_nothing_up(monkeypatch):
