@@ -7,6 +7,7 @@ silicon. With one, the driver compiles the PTX and encodes the tensor maps.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
 
@@ -17,8 +18,9 @@ import torch
 import cute_sparse
 from cute_sparse import emulator
 from cute_sparse.emulator.text import module, run_ptx
-from tests import conftest
+from tests import conftest, decode_cases, test_decode
 from tests.cases import CASES, make_inputs
+from tests.decode_cases import make_decode_inputs
 from tests.emulator import test_tma as tma
 from tests.emulator.tensor_maps import SWIZZLES, Descriptor, boxed, swizzled, tensor_map
 from tests.test_attention import call, check, error_of_the_same_in_dtype, oracle, tanh_slack
@@ -244,10 +246,12 @@ def test_approximations_are_as_near_as_the_isa_says(emulated, other, name):
 # ---- The kernels ---------------------------------------------------------------------------------------------------
 
 KERNEL_CASES = [
-    "causal", "window", "softcap", "float16", "packed", "rows without a key", "head dim 64", "head dim 192 and 128",
-    "head dim 256", "skip, causal", "skip, float16", "skip, head dim 64", "skip, head dim 192 and 128",
-    "skip, head dim 256", "skip, packed", "skip, ragged",
+    "causal", "window", "softcap", "rows without a key", "head dim 64", "head dim 192 and 128", "head dim 256",
+    "skip, causal", "skip, float16", "skip, head dim 64", "skip, head dim 192 and 128", "skip, head dim 256",
+    "skip, packed", "skip, ragged",
 ]  # fmt: skip
+DECODE_CASES = ["paged", "skip, ragged", "contiguous, skip"]
+EMULATED_SMS = 4  # where nothing else is asked for
 
 
 def attention_on(side, case):
@@ -260,19 +264,51 @@ def attention_on(side, case):
 
 @pytest.mark.parametrize("name", KERNEL_CASES)
 def test_attention_is_the_same(emulated, other, name):
-    """The tensor cores' order of summation is their own: rounding differs, and a decision at the threshold may."""
     case = CASES[name]
     got, expected = attention_on(other, case), attention_on(emulated, case)
     inputs = make_inputs(case)
     check(case, inputs, got)  # each of its decisions is the rule's, to rounding
-    geometry, skip_map = expected.stats.geometry, expected.stats.skip_map
-    assert got.stats.geometry == geometry
-    differing = got.stats.skip_map.cpu() != skip_map
+    if decisions_are_the_same(got, expected):
+        geometry = expected.stats.geometry
+        replayed = oracle(case, inputs, geometry, expected.stats.skip_map)
+        rounded = error_of_the_same_in_dtype(case, inputs, geometry, replayed)
+        assert_near(got, expected, 2 * rounded.norm() + 2 * tanh_slack(case, replayed))
+
+
+def decode_on(side, case, sms: int):
+    """The result, and how the call was split over the multiprocessors."""
+    inputs = make_decode_inputs(case, device=side.place)
+    on_silicon = isinstance(side, Silicon)
+    with contextlib.nullcontext() if on_silicon else cute_sparse.emulated(side.arch, order=side.order, seed=1, sms=sms):
+        got = test_decode.call(case, inputs, return_lse=True, return_stats=True)
+        return got, test_decode.splitting_of(case, inputs)
+
+
+@pytest.mark.parametrize("name", DECODE_CASES)
+def test_decode_is_the_same(emulated, other, name):
+    case = decode_cases.CASES[name]
+    sms = torch.cuda.get_device_properties().multi_processor_count if isinstance(other, Silicon) else EMULATED_SMS
+    got, splitting = decode_on(other, case, sms)
+    expected, expected_splitting = decode_on(emulated, case, sms)
+    assert splitting == expected_splitting
+    inputs = make_decode_inputs(case)
+    test_decode.check(case, inputs, got, splitting)
+    if decisions_are_the_same(got, expected):
+        geometry = expected.stats.geometry
+        replayed = test_decode.oracle(case, inputs, geometry, splitting, expected.stats.skip_map)
+        rounded = test_decode.error_of_the_same_in_dtype(case, inputs, geometry, replayed)
+        assert_near(got, expected, 2 * rounded.norm() + 2 * tanh_slack(case, replayed))
+
+
+def decisions_are_the_same(got, expected) -> bool:
+    """The tensor cores' order of summation is their own: rounding differs, and a few decisions at the threshold may.
+    Then both were checked against the oracle that takes their decisions, and their outputs need not agree."""
+    assert got.stats.geometry == expected.stats.geometry
+    differing = got.stats.skip_map.cpu() != expected.stats.skip_map
     assert differing.float().mean() <= 0.01
-    if differing.any():
-        return  # both were checked against the oracle that takes their decisions; their outputs need not agree
-    replayed = oracle(case, inputs, geometry, skip_map)
-    rounded = error_of_the_same_in_dtype(case, inputs, geometry, replayed)
-    difference = got.out.cpu().double() - expected.out.double()
-    assert difference.norm() <= 2 * rounded.norm() + 2 * tanh_slack(case, replayed)
+    return not differing.any()
+
+
+def assert_near(got, expected, largest: torch.Tensor) -> None:
+    assert (got.out.cpu().double() - expected.out.double()).norm() <= largest
     torch.testing.assert_close(got.lse.cpu(), expected.lse, rtol=1e-5, atol=1e-3)
