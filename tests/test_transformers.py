@@ -229,6 +229,17 @@ def test_layers_that_a_checkpoint_ignores_stay_dense():
         integration.keep_dense(model, ["3.*"])
 
 
+def test_a_model_with_an_attention_of_its_own_is_refused():
+    """It gets a mask of this name nevertheless: none, where nothing is padding."""
+    integration.register()
+    config = transformers.XGLMConfig(vocab_size=50, d_model=64, ffn_dim=32, num_layers=1, attention_heads=4)
+    model = transformers.XGLMModel._from_config(config, attn_implementation=integration.NAME).eval()
+    with pytest.raises(NotImplementedError, match="modeling_xglm has an attention of its own"), torch.no_grad():
+        model(torch.arange(10)[None])
+    assert transformers.PaliGemmaModel  # is written now, and made of models that do ask
+    integration._check_takes_its_attention_from_transformers(transformers.PaliGemmaConfig)
+
+
 @pytest.mark.parametrize("name", integration.UNSUPPORTED_OPTIONS)
 def test_options_that_would_change_the_result_are_refused(name):
     q = torch.zeros(1, 2, 4, 16)

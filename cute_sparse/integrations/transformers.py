@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 
@@ -89,15 +90,37 @@ def padding_mask(
     """transformers' mask hook: bool (batch, kv_length) of the tokens that are not padding, None where all are.
 
     Causality and windows are the kernels' own. A model whose mask is neither bidirectional, causal nor a causal
-    window (chunks, prefixes, packed documents), or a cache with room behind the last token (StaticCache), raises
-    NotImplementedError rather than run with another mask.
+    window (chunks, prefixes, packed documents), a cache with room behind the last token (StaticCache), or a model with
+    an attention of its own, which relies on the mask, raises NotImplementedError rather than run with another mask.
     """
+    _check_takes_its_attention_from_transformers(type(options.get("config")))
     sizes = batch_size, q_length, kv_length, int(q_offset), int(kv_offset)
     mask_function = options.get("mask_function")
     if mask_function is not None and kv_length and not _is_standard(mask_function, *sizes[1:], options):
         _check_is_band(mask_function, *sizes, options)
     mask = masking_utils.flash_attention_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
     return None if mask is None else mask.bool()
+
+
+@functools.cache
+def _check_takes_its_attention_from_transformers(config: type) -> None:
+    """Look, where the model of such a config is written, for AttentionInterface beside functions that make masks.
+
+    Transformers asks for a mask by the name given also where a model never asks for the attention of that name.
+    """
+    package, _, name = config.__module__.rpartition(".")
+    if not name.startswith("configuration"):
+        return
+    for name, module in list(sys.modules.items()):
+        if not name.startswith(f"{package}.modeling"):
+            continue
+        values = list(vars(module).values())
+        makes_masks = any(getattr(value, "__module__", None) == masking_utils.__name__ for value in values)
+        calls_it = "ALL_ATTENTION_FUNCTIONS" in vars(module) or any(  # itself, or the models that it is made of
+            isinstance(value, type) and getattr(value, "_supports_attention_backend", False) for value in values
+        )
+        if makes_masks and not calls_it:
+            raise NotImplementedError(f"{name} has an attention of its own: it does not ask for one by name")
 
 
 def _causal_window(options: dict) -> int | None:
