@@ -49,7 +49,7 @@ def configured(monkeypatch):
     return change
 
 
-@pytest.mark.parametrize("name, page_size", zip(CONFIGS, itertools.cycle([None, 16]), strict=False))
+@pytest.mark.parametrize("name, page_size", list(zip(CONFIGS, itertools.cycle([None, 16]), strict=False)))
 def test_every_way_of_configuring_it_equals_the_oracle(name, page_size, configured):
     configured(**CONFIGS[name])
     case = replace(SKIPPING, page_size=page_size)
