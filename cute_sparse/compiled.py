@@ -21,7 +21,7 @@ DSL = "nvidia-cutlass-dsl"
 HARMLESS_VARIABLES = {f"CUTE_DSL_{name}" for name in ("LIBS", "CACHE_DIR", "NO_CACHE", "DUMP_DIR", "KEEP", "ARCH")}
 
 _launchers: dict[tuple, Launcher] = {}
-_compiling = threading.RLock()
+_compiling = threading.RLock()  # the DSL compiles in one thread at a time, for one architecture
 
 
 def launcher(
@@ -48,7 +48,8 @@ def compile_to_disk(problem: Problem, config: object, arch: str, compile: Callab
     """Have the disk cache hold the function; it is not loaded, so no device is needed."""
     if cache.directory() is None:
         raise RuntimeError("the disk cache is off or unusable; compiling ahead for another process needs it")
-    _from_disk_or_compiler(problem, config, arch, compile, emulated=False)
+    with _compiling:
+        _from_disk_or_compiler(problem, config, arch, compile, emulated=False)
 
 
 def _from_disk_or_compiler(problem: Problem, config: object, arch: str, compile: Callable, emulated: bool):

@@ -409,25 +409,29 @@ def test_each_kind_of_problem_is_compiled_once_whatever_the_sizes(monkeypatch):
     assert len(loads) == 2 and len(set(loads)) == 2
 
 
-def test_two_threads_compile_one_kernel_once(monkeypatch):
-    loads = []
+def test_two_threads_compile_one_kernel_once_and_never_at_the_same_time(monkeypatch):
+    """Neither ahead: the DSL has one architecture to compile for, and one place where it compiles."""
+    loads, at_once = [], []
 
-    def slow(*_):
-        loads.append(1)
-        time.sleep(0.2)
+    def slow(problem, config, arch, compile, emulated):
+        at_once.append(arch)
+        loads.append(sorted(at_once))
+        time.sleep(0.1)
+        at_once.remove(arch)
         return FakeCompiled()
 
     monkeypatch.setattr(compiled, "_launchers", {})
     monkeypatch.setattr(compiled, "_from_disk_or_compiler", slow)
+    monkeypatch.setattr(compiled.cache, "directory", lambda: "somewhere")
     problem = Problem("prefill", "bfloat16", 64, 64)
-    threads = [
-        threading.Thread(target=compiled.launcher, args=(problem, "config", "sm_90a", None, PREFILL)) for _ in range(4)
-    ]
+    calls = [(compiled.launcher, (problem, "config", "sm_90a", None, PREFILL))] * 3
+    calls.append((compiled.compile_to_disk, (problem, "config", "sm_100a", None)))
+    threads = [threading.Thread(target=function, args=arguments) for function, arguments in calls]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(loads) == 1
+    assert sorted(loads) == [["sm_100a"], ["sm_90a"]]
 
 
 # ---- What is required and what is refused ----
