@@ -1,11 +1,14 @@
 """Modelled time of attention kernels: for comparisons on one chip only. Nothing here was measured on a GPU.
 
     python -m profiling.model prefill --arch sm_100a --peers fa4 [--case NAME] [--roles]
+    python -m profiling.model prefill --arch sm_90a --peers fa4 --sparsity 0,0.5,0.75,0.9 [--case NAME] [--maps random]
     python -m profiling.model calibrate --arch sm_90a
     python -m profiling.model decode --arch sm_90a [--case NAME] [--sparsity 0,0.73,0.9]    (profiling/model_decode.py)
 
-`prefill` prints our kernel's modelled time over each peer's, per published shape; `calibrate` prints FlashAttention-4's
-modelled TFLOP/s beside what others have published of it, and exits with 1 if they differ by more than the bounds below.
+`prefill` prints our kernel's modelled time over each peer's, per published shape; with `--sparsity` how many times
+faster than our dense kernel and than each peer it is if these shares of the launch's tiles are skipped. `calibrate`
+prints FlashAttention-4's modelled TFLOP/s beside what others have published of it, and exits with 1 if they differ by
+more than the bounds below.
 
 How a time comes about
 * The kernel runs in the emulator on a piece of the problem: one KV head with its query heads, one block of BLOCK query
@@ -21,6 +24,17 @@ How a time comes about
 * Cycles become seconds by a clock under load: long launches draw full power for longer and end up slower. Its three
   numbers per chip, and a fixed time per launch, are FITTED to FlashAttention-4's published figures; they are the same
   for all shapes and all kernels. Rates and latencies are not fitted.
+
+With tiles skipped
+* The maps are drawn (profiling/skipping.py says from what), and the kernel is made to take just these decisions: its
+  multiplications are counted, and anything else is an error.
+* Rows differ in what they skip. A work tile's clocks are those of a straight line in its keys, through the clusters
+  that skip nothing, and what the others deviate from it: a sum of what they skip, do not fetch, and how often a kept
+  tile comes after a skipped one (`skipping.FEATURES`), by least squares over the clusters of pieces whose heads skip
+  from nothing to SKIPPED_MOST. How far clusters are from it is printed.
+* A launch is then made of its work tiles one by one, each with the map that was drawn for it, claimed in the kernel's
+  own order (device/schedule.py): a CTA claims its next work tile as it begins one.
+* Speed-ups are given in clocks, and in seconds, which are better, because shorter launches keep a higher clock.
 """
 
 from __future__ import annotations
@@ -34,7 +48,7 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,7 +57,9 @@ import torch
 from cute_sparse import dispatch, emulator
 from cute_sparse.emulator import chips, timing
 from cute_sparse.emulator.timing import Estimate
-from profiling.bench import CASES, OURS, TABLES, flops
+from cute_sparse.problem import Problem
+from profiling import skipping
+from profiling.bench import CASES, LONG, OURS, TABLES, flops, list_of_sparsities
 from profiling.peers import Missing, Shape
 
 ARCHES = tuple(chips.DEFAULT_CHIP)
@@ -73,6 +89,12 @@ PUBLISHED = {  # TFLOP/s of FlashAttention-4 forward in BF16, NVIDIA's cuDNN-fro
         "d256-2k-causal": 786,
     },
 }  # fmt: skip
+# Times faster than its own dense kernel, by the share of tiles skipped: BLASST, arXiv 2512.12087, on random tensors
+# of 64K tokens, with V of every tile loaded.
+PUBLISHED_SKIPPING = {
+    "sm_90a": {0: 1, 0.238: 1.08, 0.492: 1.27, 0.573: 1.35, 0.71: 1.52, 0.795: 1.64, 0.885: 1.78, 0.92: 1.84},
+    "sm_100a": {0: 1, 0.389: 1.25, 0.492: 1.33, 0.63: 1.43, 0.719: 1.52, 0.808: 1.61, 0.889: 1.71, 0.942: 1.77},
+}
 MODEL_CASES = CASES | {"d256-2k-causal": Shape(1, 2048, 32, 2, 256, 256, True)}
 SPEARMAN_LEAST = 0.8
 ERROR_MOST = 0.2
@@ -161,12 +183,14 @@ class OurKernel:
             with dispatch.emulated(arch, sms=sms, threads=1, checks=False) as device:
                 yield device
 
-    def call(self, kind: Kind, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def call(
+        self, kind: Kind, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, threshold: float | None = None
+    ) -> None:
         import cute_sparse
 
         window = (None, None) if kind.window_left is None else (kind.window_left, 0)
         causal = kind.causal and kind.window_left is None
-        cute_sparse.attention(q, k, v, causal=causal, window_size=window)
+        cute_sparse.attention(q, k, v, causal=causal, window_size=window, threshold=threshold)
 
 
 @contextlib.contextmanager
@@ -336,10 +360,167 @@ def _handed_out(durations: Iterator[float], slots: int, saved: float) -> float:
     return max(free)
 
 
+def _claimed(durations: list[float], slots: int, saved: float) -> float:
+    """The same if each takes the next duration as it begins one, to begin it when that is done."""
+    begun = [(0.0, number) for number in range(min(slots, len(durations)))]
+    claimed = len(begun)
+    last = 0.0
+    while begun:
+        begin, number = heapq.heappop(begun)
+        end = begin + durations[number] - (saved if begin else 0)
+        last = max(last, end)
+        if claimed < len(durations):
+            heapq.heappush(begun, (end, claimed))
+            claimed += 1
+    return last
+
+
 def _bytes(shape: Shape) -> int:
     queries = shape.batch * shape.seqlen * shape.heads_q * (shape.head_dim + shape.head_dim_v)
     keys = shape.batch * shape.seqlen * shape.heads_kv * (shape.head_dim + shape.head_dim_v)
     return BYTES * (queries + keys)
+
+
+# ---- Launches that skip tiles --------------------------------------------------------------------------------------
+
+SKIPPING_ROWS = 768  # of a piece; a multiple of every kernel's work tile
+SKIPPING_HEADS = 6  # query heads of a piece, on one KV head
+SKIPPING_KEYS = (1920, 3968, 6016)  # at most a KV tile for each dimension
+SKIPPED_MOST = 0.95
+
+
+@dataclass(frozen=True)
+class SkippingKernel:
+    """Our kernel with a threshold. fixed, clocks: of a work tile, and of each of its `skipping.FEATURES`. saved: as in
+    `Line`. mean_error, worst_error: of traced clusters, relative; the mean is a root of squares."""
+
+    problem: Problem
+    config: object
+    fixed: float
+    clocks: tuple[float, ...]
+    saved: float
+    mean_error: float
+    worst_error: float
+
+    def cycles(self, features: torch.Tensor) -> torch.Tensor:
+        """(.., FEATURES) -> (..)."""
+        return self.fixed + features @ torch.tensor(self.clocks, dtype=features.dtype)
+
+
+@cache
+def skipping_kernel(arch: str, kind: Kind, maps: str) -> SkippingKernel:
+    mask = "band" if kind.window_left is not None else "causal" if kind.causal else "full"
+    problem = Problem("prefill", "bfloat16", kind.head_dim, kind.head_dim_v, mask=mask, sparsity="threshold")
+    config, _ = dispatch.chosen_kernel(problem, arch)
+    all_keys = SKIPPING_KEYS if kind.window_left is None else WINDOW_KEYS
+    all_keys = [min(keys, kind.head_dim * config.geometry.tile_n) for keys in all_keys]
+    pieces = [skipping_piece(arch, kind, maps, keys, problem, config) for keys in all_keys]
+    features, cycles = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    keys, skips = features[:, 0], features[:, 1] > 0
+    fixed, per_key = _straight(keys[~skips].tolist(), cycles[~skips].tolist())
+    beyond = cycles - fixed - per_key * keys
+    relative = (features[skips, 1:] / cycles[skips, None], (beyond / cycles)[skips, None])
+    others = torch.linalg.lstsq(*relative, driver="gelsd").solution[:, 0].tolist()
+    kernel = SkippingKernel(problem, config, fixed, (per_key, *others), -CTA_GAP_CLOCKS, 0, 0)
+    errors = kernel.cycles(features) / cycles - 1
+    kernel = dataclasses.replace(
+        kernel, mean_error=errors.square().mean().sqrt().item(), worst_error=errors.abs().max().item()
+    )
+    if not config.ctas:
+        return kernel
+    of_tiles, together = skipping_piece(arch, kind, maps, all_keys[0], problem, config, one_cta=True)
+    saved = (kernel.cycles(of_tiles).sum() - together.sum()).item() / (len(of_tiles) - 1)
+    return dataclasses.replace(kernel, saved=saved)
+
+
+def skipping_piece(
+    arch: str, kind: Kind, maps: str, keys: int, problem: Problem, config, one_cta: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features of the piece's work tiles, cycles of their clusters; with `one_cta`, of the one that does all of them).
+
+    Raises RuntimeError if the kernel did not skip just the tiles that it should have."""
+    geometry, chip = config.geometry, chips.chip_of(arch)
+    head_dims = (kind.head_dim, kind.head_dim_v)
+    critical = skipping.critical_rates(
+        skipping.LAWS[maps], geometry, SKIPPING_ROWS, keys, _window(problem, kind), SKIPPING_HEADS
+    )
+    shares = torch.linspace(0, SKIPPED_MOST, SKIPPING_HEADS).tolist()
+    heads = zip(critical.split(1), shares, strict=True)
+    kept = torch.cat([skipping.kept_tiles(rates, share, most=True) for rates, share in heads])
+    kernel = PROVIDERS[OURS]
+    with warnings.catch_warnings(), kernel.device(arch, chip.sms, one_cta) as device, timing.traced(device):
+        warnings.simplefilter("ignore")
+        q, k, v = skipping.tensors(geometry, kept, SKIPPING_ROWS, keys, 1, head_dims)
+        kernel.call(kind, q, k, v, threshold=skipping.THRESHOLD)
+        clusters = timing.traced_clusters(device)
+        cycles = [timing.estimate(device, chip, cluster=c).cycles for c in range(clusters)]
+        multiplied = sum(device.launches[-1].counts.macs.values())
+    visited = (critical < math.inf).sum().item()
+    tile = geometry.tile_rows * geometry.tile_n
+    asked = tile * (visited * kind.head_dim + kept.sum().item() * kind.head_dim_v)
+    if multiplied != asked:
+        raise RuntimeError(f"the kernel did not skip what it should have: {multiplied} products, not {asked}: {kind}")
+    order = work_order(arch, problem, config, Shape(1, SKIPPING_ROWS, SKIPPING_HEADS, 1, *head_dims, False), keys)
+    return skipping.features(geometry, critical, kept)[order], torch.tensor(cycles, dtype=torch.float64)
+
+
+def _window(problem: Problem, kind: Kind) -> skipping.Window:
+    return {"full": (None, None), "causal": (None, 0), "band": (kind.window_left, 0)}[problem.mask]
+
+
+def work_order(arch: str, problem: Problem, config, shape: Shape, seqlen_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The heads (of all sequences) and the blocks of rows of a launch's work tiles, in the order of their numbers: what
+    the kernels make a `TileOrder` of."""
+    from cute_sparse.device.schedule import TileOrder, heads_in_cache
+
+    room = importlib.import_module(f"{dispatch.ROOM_OF_ARCH[arch]}.config")
+    longest_first = problem.mask != "full"
+    kv_bytes_per_token = BYTES * (shape.head_dim + shape.head_dim_v)
+    group, all_heads = shape.heads_q // shape.heads_kv, shape.heads_q * shape.batch
+    in_cache = int(heads_in_cache(room.L2_BYTES, kv_bytes_per_token, seqlen_k, group, all_heads))
+    if arch == "sm_90a" and not longest_first:
+        in_cache = 1
+    geometry = config.geometry
+    blocks = -(-shape.seqlen // (geometry.cta_m or geometry.tile_m))
+    order = TileOrder(blocks, shape.heads_q, shape.batch, in_cache, longest_first)
+    tiles = [order.tile(number) for number in range(blocks * all_heads)]
+    heads = [int(tile.batch_idx) * shape.heads_q + int(tile.head_idx) for tile in tiles]
+    return torch.tensor(heads), torch.tensor([int(tile.m_block) for tile in tiles])
+
+
+@dataclass(frozen=True)
+class SkippingLaunch:
+    """skipped: share of the visited tiles. fetched: of a CTA's tiles, how many some group of it keeps. idle: of the
+    SMs' time, what is left when the last work tile ends."""
+
+    cycles: float
+    seconds: float
+    tflops: float
+    skipped: float
+    fetched: float
+    idle: float
+
+
+def skipping_launches(arch: str, shape: Shape, maps: str, shares: Iterable[float]) -> Iterator[SkippingLaunch]:
+    """Our kernel with a threshold, for each share of tiles skipped. Raises skipping.Unreachable."""
+    kernel = skipping_kernel(arch, Kind.of(shape), maps)
+    geometry, sms = kernel.config.geometry, chips.chip_of(arch).sms
+    window = _window(kernel.problem, Kind.of(shape))
+    critical = skipping.critical_rates(
+        skipping.LAWS[maps], geometry, shape.seqlen, shape.seqlen, window, shape.batch * shape.heads_q
+    )
+    order = work_order(arch, kernel.problem, kernel.config, shape, shape.seqlen)
+    for share in shares:
+        kept = skipping.kept_tiles(critical, share)
+        features = skipping.features(geometry, critical, kept)
+        durations = kernel.cycles(features)[order].tolist()
+        schedule = _claimed if kernel.config.ctas else _handed_out
+        cycles = schedule(durations, sms, kernel.saved)
+        seconds = max(FITTED[arch].seconds(cycles), _bytes(shape) / chips.chip_of(arch).hbm_bytes_per_s)
+        keys, _, _, not_fetched, *_ = features.flatten(0, 1).sum(0).tolist()
+        busy = sum(durations) - kernel.saved * max(0, len(durations) - sms)
+        rate, skipped = flops(shape) / seconds * 1e-12, skipping.skipped_share(critical, kept)
+        yield SkippingLaunch(cycles, seconds, rate, skipped, 1 - not_fetched / keys, 1 - busy / sms / cycles)
 
 
 # ---- Commands ------------------------------------------------------------------------------------------------------
@@ -380,6 +561,39 @@ def prefill(arch: str, cases: dict[str, Shape], peers: list[str], roles: bool) -
             for kind in dict.fromkeys(Kind.of(shape) for shape in cases.values()):
                 print_roles(provider, arch, kind)
     return failed
+
+
+def prefill_skipping(arch: str, cases: dict[str, Shape], peers: list[str], shares: tuple[float, ...], maps: str) -> int:
+    print(f"{WARNING} Chip: {chips.chip_of(arch).name} ({arch}), {maps} skip maps.")
+    print("times faster in clocks (seconds); fetched: tiles of V; idle: SMs at the launch's end")
+    failed = 0
+    for name, shape in cases.items():
+        try:
+            dense = {provider: launch(provider, arch, shape) for provider in [OURS, *peers]}
+            kernel = skipping_kernel(arch, Kind.of(shape), maps)
+            fit = f"traced clusters within {kernel.mean_error:.1%}, the worst {kernel.worst_error:.1%}"
+            print(f"{name}: {dense[OURS].tflops:.0f} TFLOP/s dense; {fit}")
+            for ours in skipping_launches(arch, shape, maps, shares):
+                text = f"  skipped {ours.skipped:6.1%}, fetched {ours.fetched:6.1%}, idle {ours.idle:5.1%}"
+                text += f" | {ours.tflops:6.0f} TFLOP/s"
+                for provider, theirs in dense.items():
+                    clocks, time = theirs.cycles / ours.cycles, theirs.seconds / ours.seconds
+                    text += f" | {'own dense' if provider == OURS else provider} {clocks:6.3f} ({time:.3f})"
+                print(f"{text} | BLASST over its own {published_skipping(arch, ours.skipped):.2f}", flush=True)
+        except (Missing, NotImplementedError, emulator.EmulatorError, skipping.Unreachable) as error:
+            failed = 1
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            print(f"{name:22} not modelled: {reason[:REASON_COLUMNS]}", flush=True)
+    return failed
+
+
+def published_skipping(arch: str, skipped: float) -> float:
+    """What others measured at this share, on a straight line between two of their shares; at most their last."""
+    points = list(PUBLISHED_SKIPPING.get(arch, PUBLISHED_SKIPPING["sm_100a"]).items())
+    for (x, y), (next_x, next_y) in itertools.pairwise(points):
+        if skipped <= next_x:
+            return y + (next_y - y) * (skipped - x) / (next_x - x)
+    return points[-1][1]
 
 
 def print_roles(provider: str, arch: str, kind: Kind) -> None:
@@ -465,6 +679,8 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("--peers", default="fa4", help="comma-separated; only fa4 is modelled")
     compare.add_argument("--case", action="append", help="a published shape; all of them by default")
     compare.add_argument("--roles", action="store_true", help="what each role's warps do with their time")
+    compare.add_argument("--sparsity", type=list_of_sparsities, help="shares of tiles to skip, on the long cases")
+    compare.add_argument("--maps", choices=tuple(skipping.LAWS), default="structured", help="what is skipped")
     against = commands.add_parser("calibrate", help="FlashAttention-4, modelled beside published")
     decode = commands.add_parser("decode", help="our decode kernels' modelled time beside that of a copy")
     decode.add_argument("--case", action="append", help="of profiling/decode.py; all but the small ones by default")
@@ -489,6 +705,8 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in MODEL_CASES:
             parser.error(f"--case {name} is unknown; these are known: {', '.join(MODEL_CASES)}")
     cases = {name: MODEL_CASES[name] for name in options.case} if options.case else published
+    if options.sparsity is not None:
+        return prefill_skipping(options.arch, cases if options.case else LONG, peers, options.sparsity, options.maps)
     return prefill(options.arch, cases, peers, options.roles)
 
 

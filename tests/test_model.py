@@ -1,16 +1,21 @@
-"""The model of whole launches: how pieces become launches, the comparison with published figures, bad requests.
+"""The model of whole launches: how pieces become launches, with tiles skipped or not, the comparison with published
+figures, bad requests.
 
 No test reads a clock of the host.
 """
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 
 pytest.importorskip("cutlass", reason="pieces are compiled")
 
 from cute_sparse.emulator import chips
-from profiling import model, model_decode
+from cute_sparse.problem import Problem, TileGeometry
+from profiling import model, model_decode, skipping
 from profiling.bench import flops
 from profiling.decode import DecodeShape
 from profiling.model import Fitted, Kind, Line
@@ -37,6 +42,14 @@ def test_work_is_handed_to_whoever_is_free():
     assert model._handed_out(iter([10, 10, 10]), 3, saved=4) == 10
     assert model._handed_out(iter([10, 10, 10]), 1, saved=4) == 10 + 6 + 6
     assert model._handed_out(iter([10, 10]), 1, saved=-1) == 21  # a gap between two
+
+
+def test_a_cta_claims_its_next_work_tile_as_it_begins_one():
+    """The first CTA claims 5 as it begins 4, though the second will be free earlier."""
+    assert model._claimed([4, 1, 5, 1], 2, saved=0) == 4 + 5
+    assert model._handed_out(iter([4, 1, 5, 1]), 2, saved=0) == 1 + 5
+    assert model._claimed([10, 10, 10], 5, saved=4) == 10
+    assert model._claimed([10, 10, 10], 1, saved=4) == 10 + 6 + 6
 
 
 def test_a_launch_is_its_blocks_over_the_chips_sms(lines):
@@ -90,6 +103,99 @@ def test_ranks_and_their_correlation():
     assert model.spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
     assert model.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert model.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487, abs=1e-4)  # ties share a rank
+
+
+# ---- Tiles skipped -------------------------------------------------------------------------------------------------
+
+TILES = TileGeometry(tile_m=128, tile_rows=64, tile_n=128, order="first_early", cta_m=128)
+CAUSAL = (None, 0)
+
+
+def drawn(maps: str, seqlen: int, heads: int = 4) -> torch.Tensor:
+    return skipping.critical_rates(skipping.LAWS[maps], TILES, seqlen, seqlen, CAUSAL, heads)
+
+
+@pytest.mark.parametrize("maps", skipping.LAWS)
+@pytest.mark.parametrize("share", [0, 0.5, 0.75])
+def test_a_launch_skips_the_share_that_was_asked_for(maps, share):
+    critical = drawn(maps, 4096)
+    visited = critical < math.inf
+    assert torch.equal(visited[0], torch.ones(64, 32).tril_().bool()[torch.arange(64) // 2])
+    kept = skipping.kept_tiles(critical, share)
+    assert not (kept & ~visited).any()
+    assert skipping.skipped_share(critical, kept) == pytest.approx(share, abs=1 / visited.sum().item())
+    assert kept[:, :, 0].all() and kept[:, torch.arange(64), torch.arange(64) // 2].all()  # sinks, diagonal
+
+
+def test_structured_maps_keep_near_tiles_differ_between_heads_and_agree_between_groups():
+    def found(maps):
+        kept = skipping.kept_tiles(drawn(maps, 8192), 0.5)[:, 64:]
+        near, far = kept[:, :, 24:30].float().mean(), kept[:, :, 1:7].float().mean()
+        disagree = (kept[:, 0::2] != kept[:, 1::2]).float().mean()
+        return near / far, kept.float().mean((1, 2)).std(), disagree
+
+    structured, random = found("structured"), found("random")
+    assert structured[0] > 1.2 > 1.1 > random[0]
+    assert structured[1] > 0.1 > 0.02 > random[1]
+    assert structured[2] < 0.5 * random[2]
+
+
+def test_more_than_the_diagonal_and_the_sinks_cannot_be_kept_away():
+    with pytest.raises(skipping.Unreachable, match="90% of the tiles cannot be skipped, 65% at most"):
+        skipping.kept_tiles(drawn("structured", 1280), 0.9)
+
+
+def test_the_features_of_a_work_tile():
+    """A CTA of two groups; the second sees as many tiles; its tile 0 comes early and follows no skipped one."""
+    critical = torch.zeros(1, 2, 8)
+    critical[..., 6:] = math.inf
+    kept = torch.tensor([[[1, 0, 1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 1, 1, 0, 0]]]).bool()
+    (found,) = skipping.features(TILES, critical, kept)[0].tolist()
+    expected = {"keys": 6 * 128, "skips": 1, "skipped": 2.5 * 128, "not fetched": 2 * 128}
+    expected |= {"starts": 0.5, "fetched starts": 1}
+    assert dict(zip(skipping.FEATURES, found, strict=True)) == expected
+
+
+def test_work_tiles_are_ordered_as_the_kernels_number_them():
+    """Under a causal mask the last rows of all heads first; else, on Hopper, one head after the other."""
+    config = type("Config", (), {"geometry": TILES})
+    for mask, expected in {
+        "causal": ([0, 1, 0, 1, 0, 1], [2, 2, 1, 1, 0, 0]), "full": ([0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
+    }.items():  # fmt: skip
+        problem = Problem("prefill", "bfloat16", 128, 128, mask=mask, sparsity="threshold")
+        heads, blocks = model.work_order("sm_90a", problem, config, Shape(1, 384, 2, 1, 128, 128, True), 384)
+        assert (heads.tolist(), blocks.tolist()) == expected
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(model, "SKIPPING_HEADS", 2)
+    monkeypatch.setattr(model, "SKIPPING_KEYS", (512, 768))
+
+
+@pytest.mark.parametrize("arch", model.PUBLISHED)
+def test_tiles_skipped_are_modelled_and_must_have_been_skipped(arch, small_pieces, monkeypatch):
+    kind = Kind(64, 64, 1, causal=False, window_left=None)
+    kernel = model.skipping_kernel.__wrapped__(arch, kind, "structured")
+    assert kernel.mean_error < 0.05
+    features, cycles = model.skipping_piece(arch, kind, "structured", 768, kernel.problem, kernel.config)
+    skips = features[:, skipping.FEATURES.index("skips")] > 0
+    assert skips.any() and not skips.all()
+    assert cycles[skips].max() < cycles[~skips].min()
+    launches = model.skipping_launches(arch, Shape(16, 1024, 16, 1, 64, 64, False), "structured", (0, 0.3))
+    dense, some = launches
+    assert (dense.skipped, dense.fetched) == (0, 1) and dense.cycles > some.cycles
+    assert some.skipped == pytest.approx(0.3, abs=0.01) and 0.7 < some.fetched < 1
+    # If the kernel skipped nothing, its clocks would be taken for those of a kernel that does.
+    monkeypatch.setattr(skipping, "THRESHOLD", 1e-30)
+    with pytest.raises(RuntimeError, match="did not skip what it should have"):
+        model.skipping_piece(arch, kind, "structured", 768, kernel.problem, kernel.config)
+
+
+def test_published_speed_ups_lie_between_those_measured():
+    assert model.published_skipping("sm_90a", 0.492) == pytest.approx(1.27)
+    assert model.published_skipping("sm_90a", (0.492 + 0.573) / 2) == pytest.approx((1.27 + 1.35) / 2)
+    assert model.published_skipping("sm_90a", 0.99) == 1.84
 
 
 # ---- Real kernels --------------------------------------------------------------------------------------------------
@@ -149,6 +255,7 @@ def test_flash_attention_4_is_modelled_as_published(published, monkeypatch, caps
         (["prefill", "--arch", "sm_90a", "--peers", "cudnn"], "fa4"),
         (["prefill", "--arch", "sm_90a", "--peers", "fa4,cute_sparse"], "cute_sparse is not modelled"),
         (["prefill", "--arch", "sm_90a", "--case", "d999"], "d128-2k-causal"),
+        (["prefill", "--arch", "sm_90a", "--sparsity", "1"], "a sparsity lies in [0, 1)"),
     ],
 )
 def test_unknown_names_are_refused_with_those_that_are_known(arguments, told, capsys):
