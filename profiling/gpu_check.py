@@ -240,7 +240,7 @@ def run_process(step: Step, limit_s: float, folder: Path) -> int | None:
 
     with tempfile.TemporaryDirectory() as scratch, (folder / LOG).open("ab") as log:
         command = [part.replace("{out}", str(folder)).replace("{scratch}", scratch) for part in step.command]
-        log.write(f"\n==== {step.name}: {shlex.join(command)}\n".encode())
+        log.write(f"\n{_head(step)}{shlex.join(command)}\n".encode())
         log.flush()
         environment = os.environ | kernel_cache() | dict(step.environment) | {"PYTHONUNBUFFERED": "1"}
         # A group of its own, to be ended as one; no session of its own: who ends ours must reach it.
@@ -304,22 +304,30 @@ def check(
         seconds = clock() - started
         status = TIMED_OUT if code is None else PASSED if code == 0 else FAILED
         state.set(step, status, seconds)
-        print(f"{step.name}: {status} after {seconds:.0f} s", flush=True)
+        exit_status = f", exit status {code}" if code else ""
+        print(f"{step.name}: {status} after {seconds:.0f} s{exit_status}", flush=True)
         if status != PASSED:
-            print(last_lines(folder / LOG), flush=True)
+            print(last_lines(folder / LOG, step), flush=True)
         shorten(folder / LOG)
 
 
 LINES_SHOWN, COLUMNS_SHOWN = 12, 160  # of a step that did not pass: who runs this may see but the end of its output
 
 
-def last_lines(log: Path) -> str:
+def last_lines(log: Path, step: Step) -> str:
+    """Of what the step wrote, which is the last part of the log."""
     if not log.exists():
         return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - (1 << 16)))
-        lines = file.read().decode(errors="replace").splitlines()[-LINES_SHOWN:]
-    return "\n".join(f"    {line[:COLUMNS_SHOWN]}" for line in lines)
+        text = file.read().decode(errors="replace")
+    lines = text[max(0, text.rfind(_head(step))) :].splitlines()[1:]
+    return "\n".join(f"    {line[:COLUMNS_SHOWN]}" for line in lines[-LINES_SHOWN:])
+
+
+def _head(step: Step) -> str:
+    """With which the step's part of the log begins; the rest of its line is the command."""
+    return f"==== {step.name}: "
 
 
 def shorten(log: Path) -> None:

@@ -53,10 +53,15 @@ def test_everything_runs_in_order_and_what_failed_stops_nothing(tmp_path, capsys
 
 
 def test_the_end_of_what_a_failed_step_printed_is_shown(tmp_path, capsys):
-    step = Step("loud", ("sh", "-c", "seq 1000 1100; exit 4"), 60.0)
-    gpu_check.check([step], State(tmp_path, "s"), tmp_path, 540.0)
+    quiet, loud = Step("quiet", ("sh", "-c", "kill -9 $$"), 60.0), Step("loud", ("sh", "-c", "seq 1100; exit 4"), 60.0)
+    state = State(tmp_path, "s")
+    gpu_check.check([loud], state, tmp_path, 540.0)
     out = capsys.readouterr().out
-    assert "loud: failed" in out and "    1100" in out and "    1089" in out and "1088" not in out
+    assert out.startswith("loud: failed after ") and out.splitlines()[0].endswith("s, exit status 4")
+    assert "    1100" in out and "    1089" in out and "1088" not in out
+    gpu_check.check([quiet], state, tmp_path, 540.0)
+    (told,) = filter(None, capsys.readouterr().out.splitlines())
+    assert told.startswith("quiet: failed") and told.endswith("exit status -9")
 
 
 def test_the_next_call_goes_on_where_the_budget_ended(tmp_path):
