@@ -8,7 +8,8 @@ Protocol
   run dense (FlexAttention also with a block mask of the kept tiles). Never zeros: they run faster.
 * Before a provider is timed its result is compared, in sampled rows of sampled heads, with attention in float32 over
   the same tiles; its relative L2 error must be at most ERROR_FACTOR times that of PyTorch rounding weights and result
-  to the dtype. A provider that fails is not timed; one whose result is wrong after it was timed has no time.
+  to the dtype. A provider that fails is not timed; one whose result is wrong after it was timed has no time. What a
+  call does not write is NaN, and not what an earlier one left there.
 * Warm-up, then rounds in which each provider runs once, another one first each time, L2 flushed before each run,
   by reading. Times are CUDA events around one call; the 20th, 50th and 80th percentile of a row are over the rounds.
 * Clocks, power and temperature are read while the first provider, ours if it passed, runs back to back, and written
@@ -339,6 +340,8 @@ class Bench:
 
     def _checked(self, shape: Shape, qkv, provider: Provider) -> tuple[torch.Tensor, float]:
         """A call's result and its error. Raises Wrong."""
+        # The memory that the call is given next: an earlier result there would pass for what it leaves out.
+        torch.full(self._out_shape(shape), math.nan, dtype=DTYPE, device=self.device)
         out = provider.call()
         return out, checked_error(
             self._out_shape(shape), out, lambda: self._sampled_error(shape, qkv, out, provider.kept)

@@ -380,6 +380,24 @@ def test_a_result_that_is_wrong_after_timing_has_no_time(tmp_path, quick, monkey
     assert {row.provider for row in written(tmp_path) if row.metric in ("time", "rate")} == {"cute_sparse"}
 
 
+def test_memory_that_a_checked_call_may_be_given_holds_nan_and_no_earlier_result(tmp_path, quick, monkeypatch):
+    events, full = [], torch.full
+
+    def poison(size, value, **options):
+        events.append((tuple(size), math.isnan(value), options["dtype"]))
+        return full(size, value, **options)
+
+    def noted(shape, q, k, v, kept=None):
+        return lambda: events.append("call") or torch_attention(shape, q, k, v, kept)()
+
+    monkeypatch.setitem(peers.PEERS, "fa4", noted)
+    monkeypatch.setattr(bench, "ours", noted)
+    monkeypatch.setattr(torch, "full", poison)
+    make_bench(tmp_path, ["fa4"]).run("tiny", SHAPE, None)
+    first_check, last_check = events[:4], events[-4:]
+    assert first_check == last_check == [((1, 256, 2, 64), True, torch.bfloat16), "call"] * 2
+
+
 def test_an_error_while_timing_keeps_the_earlier_rows_and_goes_on(tmp_path, quick, monkeypatch):
     run = make_bench(tmp_path)
     run.run("first", SHAPE, None)
