@@ -159,8 +159,8 @@ def test_a_threshold_may_follow_the_length(tokens):
     assert (both[1] * one[0]).sum() > 0.99999
 
 
-def attend(q, k, v, mask, module=None, threshold=None, **options):
-    integration.register(threshold=threshold)
+def attend(q, k, v, mask, module=None, threshold=None, float32_as=torch.float16, **options):
+    integration.register(threshold=threshold, float32_as=float32_as)
     module = torch.nn.Linear(1, 1) if module is None else module
     return transformers.AttentionInterface()[integration.NAME](module, q, k, v, mask, **options)[0]
 
@@ -240,11 +240,24 @@ def test_a_model_with_an_attention_of_its_own_is_refused():
     integration._check_takes_its_attention_from_transformers(transformers.PaliGemmaConfig)
 
 
-@pytest.mark.parametrize("name", integration.UNSUPPORTED_OPTIONS)
+@pytest.mark.parametrize("name", (*integration.UNSUPPORTED_OPTIONS, "output_attentions"))
 def test_options_that_would_change_the_result_are_refused(name):
     q = torch.zeros(1, 2, 4, 16)
     with pytest.raises(NotImplementedError, match=f"{name} of Linear"):
-        attend(q, q, q, None, is_causal=True, **{name: torch.zeros(1)})
+        attend(q, q, q, None, is_causal=True, **{name: torch.ones(1)})
+
+
+def test_types():
+    """bfloat16 stays bfloat16, whose numbers may be too large for float16; float32 is computed as what was chosen."""
+    q, k = torch.randn(2, 1, 2, 4, 16, generator=torch.Generator().manual_seed(0))
+    large = torch.full((1, 2, 4, 16), 1e6)
+    got = attend(q.bfloat16(), k.bfloat16(), large.bfloat16(), None)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, large.bfloat16().transpose(1, 2))
+    assert not attend(q, k, large, None).isfinite().any()
+    assert torch.equal(attend(q, k, large, None, float32_as=torch.bfloat16), got.float())
+    for x, chosen in ((q, None), (q.double(), torch.float16)):
+        with pytest.raises(NotImplementedError, match=f"a model in {x.dtype} is not supported"):
+            attend(x, x, x, None, float32_as=chosen)
 
 
 def test_a_model_with_sinks_and_windows_agrees_with_the_stock_one():
