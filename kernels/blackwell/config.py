@@ -38,6 +38,7 @@ class Config:
     ctas             CTAs that stay and take work tile after work tile; 0 gives every CTA one work tile
     cta_pair         two CTAs share every product: 256 rows, 128 of each CTA; each holds half of K's rows and half of
                      V's columns. A work tile is then a pair's: two query heads of one KV head, or twice the rows
+    hold_v_after     after so many KV tiles in a row that nobody keeps, V waits for the votes; 0: V is always fetched
     first_early      the first KV tile is visited right after those at the mask's edge (`TileGeometry`)
     """
 
@@ -56,6 +57,7 @@ class Config:
     registers_other: int
     ctas: int = SMS
     cta_pair: bool = False
+    hold_v_after: int = 0
     first_early: bool = False
 
     def __post_init__(self) -> None:
@@ -155,6 +157,15 @@ class Config:
         return TileGeometry(**tiles, order="first_early", cta_m=TILE_M * self.query_tiles)
 
 
+# By query tiles. With two, L2 feeds K and V of a skipped tile in the time that its Q K^T takes, and a vote that V waits
+# for costs a kept tile behind skipped ones up to 1400 clocks. In the timing model (clocks for 128 keys of two query
+# tiles, d128, full mask) with one of 2 tiles kept by both, two of 4, four of 8, one of 4, one of 8: after 1 2290 2157
+# 1861 1654 1341, after 8 1986 1798 1686 1516 1294, never held back 1964 1770 1668 1501 1265; hardly any kept: 1028 with
+# each. It still spares memory what long runs of skipped tiles would move in vain. With one query tile (d256) it is
+# loads that take longest: kept 2048, one of 8 kept 1572 after 1, 1840 after 4, 2048 if never.
+HOLD_V_AFTER = {1: 1, 2: 8}
+
+
 def candidates(problem: Problem, arch: str = "sm_100a") -> list[Config]:
     """Every configuration that can run `problem` on `arch` ("sm_100a" or "sm_103a")."""
     if problem.kind != "prefill":
@@ -238,6 +249,7 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
         p_early_columns=tile_n - 32,
         exp2_emulated=exp2_emulated,
         cta_pair=pair,
+        hold_v_after=HOLD_V_AFTER[2] if problem.sparsity else 0,
         first_early=_first_early(problem),
         ctas=SMS if may_stay(problem) else 0,
         **(_TWO_TILES_SPARSE if sparse else _TWO_TILES),
@@ -268,6 +280,7 @@ def _one_query_tile(problem: Problem, exp2_emulated: int, pair: bool) -> Config 
         # A pair that stays spills 4 bytes, outside its loops, under a causal mask.
         ctas=0 if pair and problem.mask == "causal" or not may_stay(problem) else SMS,
         cta_pair=pair,
+        hold_v_after=HOLD_V_AFTER[1] if problem.sparsity else 0,
         first_early=_first_early(problem),
         **_ONE_TILE,
     )

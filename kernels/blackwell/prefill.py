@@ -266,14 +266,12 @@ class Prefill:
     a skipped tile it knows from the votes that S was read. A dense problem compiles none of it. In the timing model
     (d128, full mask, clocks for 128 keys of two query tiles, everything kept) this takes 2106 to 2152 and the dense
     kernel without pairs 2103; with a vote that holds all four warps, read beside P, it was 2183.
-      V of a tile that both query tiles skip is not fetched where the tile before was not wanted either:
-    the load warp fetches ahead until it sees a tile that nobody wanted, then waits for each vote (`decided`)
-    before it fetches, until a tile is wanted again. Kept tiles never wait for a vote, except the first after a run of
-    skipped ones, whose load (about 1000 clocks) runs beside its exponentials (about 1000). The first v_lag + 1 tiles
-    of a run are fetched in vain. An unwanted slot is passed on unfilled, and the MMA warp, which with two query tiles
-    waits for V of wanted tiles only, takes it after the next Q K^T; K of one tile more is fetched before a vote is
-    waited for. Modelled like above, with one of 2, of 4 and hardly any of the tiles kept by both query tiles: 2282,
-    1653 and 1024 (Q K^T alone: 1024); with V of every tile waited for before Q K^T: 2962, 2312 and 1661.
+      V of a tile that both query tiles skip is not fetched behind a run of such tiles: the load warp fetches ahead
+    until it has seen `hold_v_after` tiles in a row that nobody wanted, then waits for each vote (`decided`) before it
+    fetches, until a tile is wanted again, whose load then takes longer than its exponentials. What it sees are votes of
+    tiles that used the slot before, so v_lag tiles more are fetched in vain. An unwanted slot is passed on unfilled,
+    and the MMA warp, which with two query tiles waits for V of wanted tiles only, takes it after the next Q K^T; K of
+    one tile more is fetched before a vote is waited for.
       K by multicast to two CTAs, each with decisions of its own, was built and does not pay: L2 reads a quarter (all
     kept) to 44 % (hardly any) less, but all of K still enters either SM, and a slot of K waits for both. Clocks for
     128 keys at d256 with all, one of 2, of 4 and hardly any tiles kept, and half, at random for each CTA: alone 2048,
@@ -301,7 +299,7 @@ class Prefill:
         # Of masked tiles only what the mask leaves is computed; a vote and two edges leave no registers for it.
         self.by_fragments = not (self.sparse and problem.mask == "band")
         # Whether K can be fetched for two KV tiles ahead of V, where the load warp waits for a vote before V.
-        self.k_two_ahead = self.sparse and config.k_stages > 2 * config.k_chunks
+        self.k_two_ahead = config.hold_v_after > 0 and config.k_stages > 2 * config.k_chunks
         # Of the next tile's K, the chunks that find room before this one's is read go before V, which is needed first.
         early = config.k_stages - config.k_chunks if config.query_tiles == 2 else config.k_chunks
         before_v = min(early, config.k_chunks) or config.k_chunks
@@ -464,7 +462,7 @@ class Prefill:
             tKsK, tKgK = tma_partition(op.k_atom, tiles.sK, op.mma_s.get_slice(rank).partition_B(gK))
             tVsV, tVgV = tma_partition(op.v_atom, tiles.sV, op.mma_o.get_slice(rank).partition_B(gV))
             steps = work.union.end - work.union.begin
-            skipping = Boolean(False)
+            unwanted = Int32(0)  # KV tiles in a row, as far as is known
             if steps > 0:
                 k_cursor = self._load_k(op, pipes, tKsK, tKgK, self._visited_tile(work, 0), k_cursor, self.k_whole)
                 for s in self._query_tiles_as_multiplied():
@@ -484,11 +482,12 @@ class Prefill:
                 with span("load V"):
                     pipes.v.acquire(v_cursor)
                     fetch = Boolean(True)
-                    if const_expr(self.sparse):
-                        if not skipping and i >= self.v_lag:
+                    if const_expr(config.hold_v_after > 0):
+                        if unwanted < config.hold_v_after and i >= self.v_lag:
                             # The slot's last reader, P V of that tile, was issued after everybody's decision on it.
-                            skipping = not self._wanted(pipes, tiles, work, counts, i - self.v_lag, False)
-                        if skipping:
+                            wanted = self._wanted(pipes, tiles, work, counts, i - self.v_lag, False)
+                            unwanted = cutlass.select_(wanted, Int32(0), unwanted + 1)
+                        if unwanted >= config.hold_v_after:
                             # If the vote is to skip, Q K^T of the next tile follows at once, and then needs this K.
                             if const_expr(len(self.k_after_v) > 0):
                                 if next_k:
@@ -501,7 +500,8 @@ class Prefill:
                                     k_cursor = self._load_k(op, pipes, tKsK, tKgK, next_tile, k_cursor, self.k_whole)
                                     k_loaded = i + 3
                             fetch = self._wanted(pipes, tiles, work, counts, i, True)
-                            skipping = not fetch
+                            if fetch:
+                                unwanted = Int32(0)
                     v_cursor = self._load_v(op, pipes, tVsV, tVgV, self._visited_tile(work, i), v_cursor, fetch)
                 if const_expr(len(self.k_after_v) > 0):
                     if next_k:
