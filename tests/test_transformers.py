@@ -84,6 +84,7 @@ MASKS = {
     "causal with room behind": ((2, 3, 200, 100), {"mask_function": masking_utils.causal_mask_function}, False),
     "window": ((1, 16, 16), windowed(5), True),
     "window of code unknown": ((1, 16, 16), windowed(5, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 5)), True),
+    "window without its size": ((1, 16, 16), windowed(5, local_size=None), True),
     "window of another size": ((1, 16, 16), windowed(5, local_size=6), False),
     "window on both sides": ((1, 16, 16), windowed(5, mask_function=BOTH_SIDES), False),
     "window wide enough on both sides": ((1, 5, 5), windowed(5, mask_function=BOTH_SIDES), True),

@@ -124,9 +124,10 @@ def _check_takes_its_attention_from_transformers(config: type) -> None:
 
 
 def _causal_window(options: dict) -> int | None:
-    """Keys that a query sees in layers with a causal window; local_size may also be the size of chunks."""
+    """Keys that a query sees in layers with a causal window, where this may be a mask of such layers: it is not where
+    local_size is the size of chunks, and Gemma 3 asks for it without one."""
     window = getattr(options.get("config"), "sliding_window", None)
-    return window if window is not None and window == options.get("local_size") else None
+    return window if options.get("local_size") in (None, window) else None
 
 
 def _is_standard(mask_function, q_length, kv_length, q_offset, kv_offset, options) -> bool:
