@@ -6,9 +6,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,14 +56,21 @@ def test_any_damage_is_noticed_said_and_removed(folder, caplog):
         assert not path.exists()
 
 
-def test_a_full_disk_costs_only_the_cache(folder, monkeypatch, caplog):
-    def full(*_):
+@pytest.mark.parametrize("place, name", [(os, "replace"), (os, "fsync"), (tempfile, "NamedTemporaryFile")])
+def test_a_full_disk_costs_only_the_cache(folder, monkeypatch, caplog, place, name):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(place, name, full)
     cache.write(folder / "a.o", ENTRY)
     assert "No space left" in caplog.text
     assert list(folder.iterdir()) == []
+
+
+def test_an_entry_that_cannot_be_read_counts_as_none_and_is_said(folder, caplog):
+    (folder / "a.o").mkdir()
+    assert cache.read(folder / "a.o") is None
+    assert "cannot read" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["a file in its place", "writable by others"])
@@ -127,6 +136,7 @@ def test_the_key_depends_on_all_its_parts():
 
 def test_the_key_holds_the_cpu_and_the_dsl_s_options(monkeypatch):
     before = cache.key()
+    assert platform.machine() in cache.host_fingerprint()
     monkeypatch.setattr(cache, "host_fingerprint", lambda: "another CPU")
     assert cache.key() != before
     monkeypatch.setenv("CUTE_DSL_LINEINFO", "1")
@@ -136,7 +146,8 @@ def test_the_key_holds_the_cpu_and_the_dsl_s_options(monkeypatch):
 
 
 def test_the_fingerprint_covers_the_kernels_and_what_they_import():
-    """Every Python file of the package but the emulator's; found through the folders, whatever the install."""
+    """Every Python file of the package but the emulator's, by name and content; found through the folders, whatever the
+    install."""
     package = Path(cache.__file__).parent
     assert (cache.kernel_folder(package) / "hopper" / "__init__.py").is_file()
     seen = []
@@ -146,9 +157,18 @@ def test_the_fingerprint_covers_the_kernels_and_what_they_import():
         seen.append(path)
         return real(path)
 
+    def edited(path):
+        return real(path) + (b"#" if path.name == "tmem.py" else b"")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "read_bytes", spy)
         assert cache.source_fingerprint.__wrapped__() == cache.source_fingerprint()
+        patch.setattr(Path, "read_bytes", edited)
+        assert cache.source_fingerprint.__wrapped__() != cache.source_fingerprint()
+        patch.setattr(Path, "read_bytes", lambda path: b"")
+        emptied = cache.source_fingerprint.__wrapped__()
+        patch.setattr(cache, "kernel_folder", lambda package: package / "device")
+        assert cache.source_fingerprint.__wrapped__() != emptied
     names = {path.relative_to(package.parent).as_posix() for path in seen}
     assert {"cute_sparse/problem.py", "cute_sparse/operands.py", "cute_sparse/device/__init__.py"} <= names
     assert any("hopper/config.py" in name for name in names) and any("blackwell/config.py" in name for name in names)
