@@ -475,7 +475,7 @@ def _dsl_version() -> str:
 def gpu_name() -> str:
     """Of the GPU that will be measured. Raises RuntimeError where there is none that a kernel runs on."""
     if not torch.cuda.is_available():
-        raise RuntimeError("bench.py measures on a GPU, and there is no CUDA device here")
+        raise RuntimeError("this measures on a GPU, and there is no CUDA device here")
     capability = torch.cuda.get_device_capability()
     if capability not in ARCH_OF_CAPABILITY:
         supported = ", ".join(f"{major}.{minor}" for major, minor in ARCH_OF_CAPABILITY)

@@ -16,6 +16,7 @@ from cute_sparse import reference
 from cute_sparse import threshold as thresholds
 from cute_sparse.problem import TileGeometry
 from tests.cases import CASES, Case, Inputs, make_inputs
+from tests.conftest import reason_to_skip
 
 # tanh.approx.f32: absolute error 2^-10.987 (PTX ISA, "tanh"); scores are softcap * tanh(..).
 TANH_ERROR = 2.0**-10
@@ -325,3 +326,26 @@ def test_thresholds_that_nobody_checked_are_safe(runner, monkeypatch):
     kept, visited = odd.tile_counts
     assert torch.equal(kept[:, 2:], visited[:, 2:])
     assert (ones.tile_counts[0] < ones.tile_counts[1]).all()
+
+
+# ---- What a GPU alone can tell ----
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_takes_new_inputs_and_thresholds_at_each_replay():
+    """With more work tiles than multiprocessors: a counter hands them out, which each replay must find at zero."""
+    reason = reason_to_skip("gpu")
+    if reason is not None:
+        pytest.skip(reason)
+    case = Case(lengths_q=(1024, 1024), lengths_k=(1024, 1024), heads_q=16, causal=True, threshold="heads")
+    inputs = make_inputs(case, device="cuda")
+    call(case, inputs)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(case, inputs)
+    for factor in (1.0, 0.1, 10.0):
+        inputs.q.copy_(inputs.q.flip(1))
+        inputs.threshold.mul_(factor)
+        captured.fill_(math.nan)
+        graph.replay()
+        torch.testing.assert_close(captured, call(case, inputs), rtol=0, atol=0)
