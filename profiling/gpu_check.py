@@ -14,14 +14,14 @@ Steps, each a process of its own with a time limit, its output in DIR/log.txt; o
   9. FlexAttention, with the block mask of the tiles kept and dense; in-kernel event tracing of one case; the rest of
      decode
 The limits of 1 to 3 add up to one call: it says whether all kernels are right, and the headline tables.
-A call takes at most --budget seconds (9 minutes), and the next one goes on: DIR/state.json says which steps have ended
-with these sources. A step that has not ended in its limit, or that the budget cut off, is tried again; one that failed
-is not, unless named with --again. Steps of which the rest of the budget holds less than half the limit wait for the
-next call. On a machine that has compiled nothing yet, compiling comes again before what is left. At the end the tables
-of what was measured are printed. Nothing is installed. The variable CUTE_SPARSE_COMMIT names the commit for the rows
-where git cannot. DIR (profiling/results/<gpu> by default) holds at most 8 files of less than 16 MiB: state.json,
-log.txt, host.jsonl, prefill.jsonl, decode.jsonl and the profiler's. A DIR without a state begins as a copy of the
-default folder.
+A call takes at most --budget seconds (9 minutes), and the next one goes on: DIR/state.json says which steps have
+ended with these sources. A step that the budget cut off is tried again in its place, one that has not ended in its
+limit behind all others; one that failed is not, unless named with --again. Steps of which the rest of the budget
+holds less than half the limit wait for the next call. On a machine that has compiled nothing yet, compiling comes
+again before what is left. At the end the tables of what was measured are printed. Nothing is installed. The variable
+CUTE_SPARSE_COMMIT names the commit for the rows where git cannot. DIR (profiling/results/<gpu> by default) holds at
+most 8 files of less than 16 MiB: state.json, log.txt, host.jsonl, prefill.jsonl, decode.jsonl and the profiler's. A
+DIR without a state begins as a copy of the default folder.
 
 Exit status: 0 when every step has ended and passed; 1 when one has failed; 3 when steps are left; 2 for no GPU.
 --dry-run prints the steps, what each needs and whether it is here, and runs none.
@@ -55,7 +55,7 @@ BUDGET_S = 540.0
 FILES_MAX, FILE_BYTES_MAX = 8, 16 << 20
 LOG_BYTES_MAX = 15 << 20
 STATE, LOG, WARM = "state.json", "log.txt", "warm"
-PASSED, FAILED, TIMED_OUT, UNAVAILABLE = "passed", "failed", "timed out", "unavailable"
+PASSED, FAILED, TIMED_OUT, CUT_OFF, UNAVAILABLE = "passed", "failed", "timed out", "cut off", "unavailable"
 HEADLINES = {
     "prefill": ("d128-8k-causal", "d128-8k-full"),
     "decode": ("b128-16k-32q8kv-pages", "b32-4k-32q8kv-pages", "b8-32k-32q8kv"),
@@ -221,9 +221,9 @@ class State:
         return ended.status if ended and ended.sources == self.sources else None
 
     def to_do(self, all_steps: list[Step], again: str | None = None, cold: bool = False) -> list[Step]:
-        """Steps that never ran first, then those that timed out. cold: nothing is compiled on this machine, and so
-        that comes before what is left."""
-        new = [s for s in all_steps if self.status(s) is None or (again and again in s.name)]
+        """Steps that never had their whole limit first, then those that timed out. cold: nothing is compiled on this
+        machine, and so that comes before what is left."""
+        new = [s for s in all_steps if self.status(s) in (None, CUT_OFF) or (again and again in s.name)]
         left = new + [s for s in all_steps if self.status(s) == TIMED_OUT and s not in new]
         first = [s for s in all_steps if s.name == WARM and s not in new] if cold and left else []
         return first + [s for s in left if s not in first]
@@ -302,7 +302,8 @@ def check(
         started = clock()
         code = runner(step, min(step.limit_s, left), folder)
         seconds = clock() - started
-        status = TIMED_OUT if code is None else PASSED if code == 0 else FAILED
+        ended = PASSED if code == 0 else FAILED
+        status = ended if code is not None else TIMED_OUT if left >= step.limit_s else CUT_OFF
         state.set(step, status, seconds)
         exit_status = f", exit status {code}" if code else ""
         print(f"{step.name}: {status} after {seconds:.0f} s{exit_status}", flush=True)
@@ -423,7 +424,7 @@ def summary(all_steps: list[Step], state: State, folder: Path) -> int:
     print(f"results: {folder}")
     if FAILED in by_status:
         return 1
-    return 3 if "to do" in by_status or TIMED_OUT in by_status else 0
+    return 3 if {"to do", TIMED_OUT, CUT_OFF} & by_status.keys() else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 
 from cute_sparse import cache
 from profiling import bench, decode, gpu_check, rows, warm
-from profiling.gpu_check import FAILED, PASSED, TIMED_OUT, UNAVAILABLE, State, Step
+from profiling.gpu_check import CUT_OFF, FAILED, PASSED, TIMED_OUT, UNAVAILABLE, State, Step
 
 
 class FakeGpu:
@@ -80,7 +80,16 @@ def test_a_call_never_takes_longer_than_its_budget(tmp_path):
     assert gpu_check.summary(three(), State(tmp_path, "s"), tmp_path) == 3
 
 
-def test_a_step_cut_off_is_tried_again_after_those_that_never_ran(tmp_path):
+def test_a_step_that_the_budget_cut_off_is_tried_again_in_its_place(tmp_path):
+    gpu = FakeGpu({"first": 90.0, "second": 90.0})
+    assert gpu.check(three(), State(tmp_path, "s"), tmp_path, budget_s=150) == ["first", "second"]
+    assert [State(tmp_path, "s").status(step) for step in three()] == [PASSED, CUT_OFF, None]
+    assert gpu_check.summary(three()[:2], State(tmp_path, "s"), tmp_path) == 3
+    assert gpu.check(three(), State(tmp_path, "s"), tmp_path) == ["second", "third"]
+    assert gpu_check.summary(three(), State(tmp_path, "s"), tmp_path) == 0
+
+
+def test_a_step_beyond_its_limit_is_tried_again_after_those_that_never_ran(tmp_path):
     gpu = FakeGpu({"first": 1e9})
     gpu.check(three()[:1], State(tmp_path, "s"), tmp_path)
     assert State(tmp_path, "s").status(three()[0]) == TIMED_OUT
