@@ -266,6 +266,10 @@ class Prefill:
     a skipped tile it knows from the votes that S was read. A dense problem compiles none of it. In the timing model
     (d128, full mask, clocks for 128 keys of two query tiles, everything kept) this takes 2106 to 2152 and the dense
     kernel without pairs 2103; with a vote that holds all four warps, read beside P, it was 2183.
+      Where the query tiles disagree, the way from S to P V and back to S takes longest: of tiles that only one of them
+    keeps, 2034. Tried: an MMA thread for each query tile, so that neither waits for the other's P: 2546, because Q K^T
+    of the one gets into the way of the other (both keep every other tile: 1986 and 1982, in turn: 2104 and 1993); query
+    tile 1's next Q K^T first where only query tile 0 has a P to wait for: 2500, and 2901 instead of 2131 with all kept.
       V of a tile that both query tiles skip is not fetched behind a run of such tiles: the load warp fetches ahead
     until it has seen `hold_v_after` tiles in a row that nobody wanted, then waits for each vote (`decided`) before it
     fetches, until a tile is wanted again, whose load then takes longer than its exponentials. What it sees are votes of
