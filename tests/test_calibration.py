@@ -34,6 +34,8 @@ def test_the_fit_finds_the_line_it_was_given():
     assert model.a == pytest.approx(7.93) and model.b == pytest.approx(8.61)
     assert model.residual < 1e-9 and model.sparsities == (0.1, 0.8)
     assert model.threshold(0.5, 65536) == pytest.approx(7.93 * math.exp(8.61 * 0.5) / 65536)
+    of_three = calibration.fit([*points[1:4], Point(1e9, 0.9)], GEOMETRY)
+    assert of_three.b == pytest.approx(8.61) and of_three.threshold(0.2, 1 << 20) < of_three.threshold(0.5, 1 << 20)
 
 
 def test_more_is_skipped_with_a_larger_factor():
@@ -176,6 +178,8 @@ def test_what_was_not_saved_here_is_refused(tmp_path, content):
 def test_bad_use_is_refused():
     with pytest.raises(ValueError, match="1 of 3 points"):
         calibration.fit([Point(1.0, 0.0), Point(2.0, 0.5), Point(4.0, 0.9)], GEOMETRY)
+    with pytest.raises(ValueError, match="3 of 4 points"):
+        calibration.fit([Point(1.0, 0.5), Point(2.0, 0.5), Point(4.0, 0.5), Point(8.0, 0.9)], GEOMETRY)
     with pytest.raises(ValueError, match="no tile"):
         calibration.measure([], GEOMETRY)
     with pytest.raises(ValueError, match="phases are .'decode', 'prefill'.; they must all be one"):
