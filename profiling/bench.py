@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import itertools
 import math
 import os
 import subprocess
@@ -93,7 +94,7 @@ def flops(shape: Shape) -> int:
 
 
 ERROR_FACTOR = 2.0
-SAMPLE_ROWS, SAMPLE_HEADS = 128, 4
+SAMPLE_ROWS, SAMPLE_HEADS = 128, 8
 
 
 def sampled_error(
@@ -101,13 +102,14 @@ def sampled_error(
 ) -> tuple[float, float]:
     """Relative L2 error of `out` over sampled rows against float32, and that of PyTorch rounding to out's dtype.
 
-    First, middle and last SAMPLE_ROWS rows, of the last sequence, of SAMPLE_HEADS query heads spread over all.
+    First, middle and last SAMPLE_ROWS rows, of the first and the last sequence, of SAMPLE_HEADS query heads spread over
+    all.
     """
-    batch = shape.batch - 1
+    batches = sorted({0, shape.batch - 1})
     heads = sorted({round(i * (shape.heads_q - 1) / (SAMPLE_HEADS - 1)) for i in range(SAMPLE_HEADS)})
     last = max(0, shape.seqlen - SAMPLE_ROWS)
     wrong = rounded_wrong = size = 0.0
-    for head in heads:
+    for batch, head in itertools.product(batches, heads):
         kv_head = head * shape.heads_kv // shape.heads_q
         keys, values = k[batch, :, kv_head].float(), v[batch, :, kv_head].float()
         for first in sorted({0, last // 2, last}):

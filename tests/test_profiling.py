@@ -287,6 +287,16 @@ def test_a_right_result_passes_and_a_wrong_one_does_not(shape):
         checked_error(shape, *qkv, got.out[:, 1:], None)
 
 
+def test_the_first_sequence_is_looked_at_as_the_last_is():
+    shape = SHAPE._replace(batch=2)
+    qkv = bench.random_qkv(shape, "cpu")
+    out = bench.ours(shape, *qkv)()
+    checked_error(shape, *qkv, out, None)
+    for index in range(2):
+        with pytest.raises(bench.Wrong, match="relative error"):
+            checked_error(shape, *qkv, out.index_fill(0, torch.tensor([index]), 0.0), None)
+
+
 def kept_tiles(stats: cute_sparse.Stats) -> KeptTiles:
     return KeptTiles(stats.skip_map == bench.KEPT, stats.geometry.tile_rows, stats.geometry.tile_n)
 
