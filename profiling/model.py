@@ -96,6 +96,11 @@ PUBLISHED_SKIPPING = {
     "sm_100a": {0: 1, 0.389: 1.25, 0.492: 1.33, 0.63: 1.43, 0.719: 1.52, 0.808: 1.61, 0.889: 1.71, 0.942: 1.77},
 }
 MODEL_CASES = CASES | {"d256-2k-causal": Shape(1, 2048, 32, 2, 256, 256, True)}
+MODEL_CASES |= {  # nothing is published of these
+    f"{name}-64k-{'causal' if causal else 'full'}": Shape(1, 65536, 32, 8, *head_dims, causal)
+    for name, head_dims in {"d64": (64, 64), "d128": (128, 128), "d192-128": (192, 128), "d256": (256, 256)}.items()
+    for causal in (True, False)
+}
 SPEARMAN_LEAST = 0.8
 ERROR_MOST = 0.2
 
@@ -303,10 +308,10 @@ def _tile(asked: tuple[int, ...], multiplied: list[float]) -> int:
 
 
 def _straight(x: list[float], y: list[float]) -> tuple[float, float]:
-    """Least squares; a constant if there is one point."""
-    if len(x) == 1:
-        return y[0], 0.0
+    """Least squares; a constant if all x are the same."""
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    if min(x) == max(x):
+        return mean_y, 0.0
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
     return mean_y - slope * mean_x, slope
 
@@ -392,7 +397,7 @@ SKIPPED_MOST = 0.95
 @dataclass(frozen=True)
 class SkippingKernel:
     """Our kernel with a threshold. fixed, clocks: of a work tile, and of each of its `skipping.FEATURES`. saved: as in
-    `Line`. mean_error, worst_error: of traced clusters, relative; the mean is a root of squares."""
+    `Line`, where nothing is skipped. mean_error, worst_error: of traced clusters, relative; the mean of squares."""
 
     problem: Problem
     config: object
@@ -409,12 +414,10 @@ class SkippingKernel:
 
 @cache
 def skipping_kernel(arch: str, kind: Kind, maps: str) -> SkippingKernel:
-    mask = "band" if kind.window_left is not None else "causal" if kind.causal else "full"
-    problem = Problem("prefill", "bfloat16", kind.head_dim, kind.head_dim_v, mask=mask, sparsity="threshold")
-    config, _ = dispatch.chosen_kernel(problem, arch)
+    problem, config = _with_threshold(arch, kind)
     all_keys = SKIPPING_KEYS if kind.window_left is None else WINDOW_KEYS
     all_keys = [min(keys, kind.head_dim * config.geometry.tile_n) for keys in all_keys]
-    pieces = [skipping_piece(arch, kind, maps, keys, problem, config) for keys in all_keys]
+    pieces = [skipping_piece(arch, kind, maps, keys) for keys in all_keys]
     features, cycles = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     keys, skips = features[:, 0], features[:, 1] > 0
     fixed, per_key = _straight(keys[~skips].tolist(), cycles[~skips].tolist())
@@ -428,23 +431,21 @@ def skipping_kernel(arch: str, kind: Kind, maps: str) -> SkippingKernel:
     )
     if not config.ctas:
         return kernel
-    of_tiles, together = skipping_piece(arch, kind, maps, all_keys[0], problem, config, one_cta=True)
+    of_tiles, together = skipping_piece(arch, kind, maps, all_keys[0], most=0, one_cta=True)
     saved = (kernel.cycles(of_tiles).sum() - together.sum()).item() / (len(of_tiles) - 1)
     return dataclasses.replace(kernel, saved=saved)
 
 
 def skipping_piece(
-    arch: str, kind: Kind, maps: str, keys: int, problem: Problem, config, one_cta: bool = False
+    arch: str, kind: Kind, maps: str, keys: int, most: float = SKIPPED_MOST, one_cta: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(features of the piece's work tiles, cycles of their clusters; with `one_cta`, of the one that does all of them).
-
-    Raises RuntimeError if the kernel did not skip just the tiles that it should have."""
+    Its heads skip from nothing to `most` of their tiles. Raises RuntimeError if the kernel skipped others."""
+    problem, config = _with_threshold(arch, kind)
     geometry, chip = config.geometry, chips.chip_of(arch)
-    head_dims = (kind.head_dim, kind.head_dim_v)
-    critical = skipping.critical_rates(
-        skipping.LAWS[maps], geometry, SKIPPING_ROWS, keys, _window(problem, kind), SKIPPING_HEADS
-    )
-    shares = torch.linspace(0, SKIPPED_MOST, SKIPPING_HEADS).tolist()
+    head_dims, window = (kind.head_dim, kind.head_dim_v), _window(problem, kind)
+    critical = skipping.critical_rates(skipping.LAWS[maps], geometry, SKIPPING_ROWS, keys, window, SKIPPING_HEADS)
+    shares = torch.linspace(0, most, SKIPPING_HEADS).tolist()
     heads = zip(critical.split(1), shares, strict=True)
     kept = torch.cat([skipping.kept_tiles(rates, share, most=True) for rates, share in heads])
     kernel = PROVIDERS[OURS]
@@ -462,6 +463,12 @@ def skipping_piece(
         raise RuntimeError(f"the kernel did not skip what it should have: {multiplied} products, not {asked}: {kind}")
     order = work_order(arch, problem, config, Shape(1, SKIPPING_ROWS, SKIPPING_HEADS, 1, *head_dims, False), keys)
     return skipping.features(geometry, critical, kept)[order], torch.tensor(cycles, dtype=torch.float64)
+
+
+def _with_threshold(arch: str, kind: Kind) -> tuple[Problem, object]:
+    mask = "band" if kind.window_left is not None else "causal" if kind.causal else "full"
+    problem = Problem("prefill", "bfloat16", kind.head_dim, kind.head_dim_v, mask=mask, sparsity="threshold")
+    return problem, dispatch.chosen_kernel(problem, arch)[0]
 
 
 def _window(problem: Problem, kind: Kind) -> skipping.Window:

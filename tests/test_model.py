@@ -178,7 +178,7 @@ def test_tiles_skipped_are_modelled_and_must_have_been_skipped(arch, small_piece
     kind = Kind(64, 64, 1, causal=False, window_left=None)
     kernel = model.skipping_kernel.__wrapped__(arch, kind, "structured")
     assert kernel.mean_error < 0.05
-    features, cycles = model.skipping_piece(arch, kind, "structured", 768, kernel.problem, kernel.config)
+    features, cycles = model.skipping_piece(arch, kind, "structured", 768)
     skips = features[:, skipping.FEATURES.index("skips")] > 0
     assert skips.any() and not skips.all()
     assert cycles[skips].max() < cycles[~skips].min()
@@ -189,7 +189,7 @@ def test_tiles_skipped_are_modelled_and_must_have_been_skipped(arch, small_piece
     # If the kernel skipped nothing, its clocks would be taken for those of a kernel that does.
     monkeypatch.setattr(skipping, "THRESHOLD", 1e-30)
     with pytest.raises(RuntimeError, match="did not skip what it should have"):
-        model.skipping_piece(arch, kind, "structured", 768, kernel.problem, kernel.config)
+        model.skipping_piece(arch, kind, "structured", 768)
 
 
 def test_published_speed_ups_lie_between_those_measured():
