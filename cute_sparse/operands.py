@@ -54,9 +54,9 @@ DECODE = (
     # tile_counts int32 (2, batch, heads_kv): kept, visited, zeroed by the caller;
     # skip_map uint8 (batch, heads_kv, map_rows, map_cols) as in PREFILL, zeroed by the caller.
     # An item is a block of packed rows of one KV head of one sequence, (batch, heads_kv, map_rows) in that order.
-    # partials fp32: (partial_slots, slot_rows, head_dim_v) accumulators, then (partial_slots, slot_rows, 2): the
+    # partials fp32: (partial_slots, slot_rows, head_dim_v) accumulators, then (2, partial_slots, slot_rows, 2): the
     # row maximum, in base-2 units, and the row sum; slot_rows = min(seqlen_q * heads_q / heads_kv, tile_rows);
-    # arrivals int32 (items,): splits that have written their partial, zero before a launch and left zero by it;
+    # arrivals int32 (partial_slots,): results that are there, zero before a launch and left zero by it;
     # shared_max uint32 (items, slot_rows): the largest maximum that a split has published, in an order-preserving
     # code in which 0 means none; zero before a launch and left zero by it.
     _operands("pointer", "q k v out lse threshold learnable_sink seqused_k page_table tile_counts skip_map")

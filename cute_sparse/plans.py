@@ -255,7 +255,7 @@ class DecodeKernelPlan(KernelPlan):
         self.splitting = dict(num_splits=self.num_splits, ctas=target.sms, min_tiles=self.config.min_tiles)
         self.slot_rows = min(request.rows, self.geometry.tile_rows)
         self.partial_slots = splits.partial_slots(items, target.sms, self.num_splits)
-        self.partials_shape = (self.partial_slots * self.slot_rows * (problem.head_dim_v + 2),)
+        self.partials_shape = (self.partial_slots * self.slot_rows * (problem.head_dim_v + 4),)
         partial_bytes = 4 * self.partials_shape[0]
         if partial_bytes > splits.PARTIAL_BYTES_MAX:
             raise ValueError(
@@ -263,7 +263,7 @@ class DecodeKernelPlan(KernelPlan):
                 f"results, more than the {splits.PARTIAL_BYTES_MAX} allowed; num_splits=None takes no more of them "
                 "than two for each SM"
             )
-        arrivals_bytes = 4 * items
+        arrivals_bytes = 4 * self.partial_slots
         self.shared_max_offset = -(-arrivals_bytes // self.SHARED_MAX_ALIGN_BYTES) * self.SHARED_MAX_ALIGN_BYTES
         self.zeroed_bytes = arrivals_bytes
         if problem.share_max:

@@ -77,6 +77,7 @@ CASES = {
     "one split": replace(PAGED, num_splits=1),
     "three splits": replace(PAGED, num_splits=3),
     "more splits than tiles": replace(PAGED, num_splits=40),
+    "three levels of groups of splits": replace(PAGED, lengths=(4500,), heads_q=16, heads_kv=1, num_splits=71),
     "pages shared by sequences": replace(PAGED, lengths=(200, 300, 130, 128), shared=128),
     "two queries": replace(PAGED, seqlen_q=2),
     "queries that see no key": replace(PAGED, seqlen_q=4, lengths=(0, 1, 2, 3, 4, 65)),

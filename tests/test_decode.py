@@ -469,7 +469,7 @@ def test_more_partial_results_than_can_be_kept_are_refused_by_their_bytes(arch):
     table = torch.zeros(64, 4096, dtype=torch.int32)  # 4096 tiles of a sequence
     q = torch.zeros(64, 16, 16, 128, dtype=torch.bfloat16)  # 256 rows of one KV head
     given = dict(seqused_k=torch.zeros(64, dtype=torch.int32), page_table=table)
-    per_split = 64 * 256 * (128 + 2) * 4
+    per_split = 64 * 256 * (128 + 4) * 4
     most = (4 << 30) // per_split
     with cute_sparse.emulated(arch):
         with pytest.raises(ValueError, match=f"num_splits={most + 1} .* {per_split * (most + 1)} bytes"):
@@ -481,19 +481,29 @@ def test_more_partial_results_than_can_be_kept_are_refused_by_their_bytes(arch):
         assert 4 * plan.partials_shape[0] == per_split * most
 
 
-def test_combining_sixteen_splits_takes_one_trip_to_global_memory(arch):
-    """By how much the last CTA to arrive, and any other, are later if such a trip takes longer."""
-    case = replace(PAGED, lengths=(1024,), heads_q=4, heads_kv=1, num_splits=16)
+@pytest.mark.parametrize(
+    ("heads_q", "num_splits", "group", "trips_of_group", "trips_of_all"),
+    [
+        (4, 16, 16, 1, 1),  # 16 results' vectors at once
+        (16, 24, 8, 2 + 1, 2 + 1 + 2),  # two of a thread's four vectors of 8 results; a counter; as many of 3 groups
+    ],
+)
+def test_combining_takes_few_trips_to_global_memory(arch, heads_q, num_splits, group, trips_of_group, trips_of_all):
+    """By how much the last CTA of a group to arrive, the last of all, and any other, are later if a trip takes longer.
+    Without groups, the 24 splits' 16 rows would take eight."""
+    case = replace(PAGED, lengths=(64 * num_splits,), heads_q=heads_q, heads_kv=1, num_splits=num_splits)
     chip, longer = chips.chip_of(arch), 100_000
     far = replace(chip, global_latency=chip.global_latency + longer)
-    with cute_sparse.emulated(arch, sms=16) as device, timing.traced(device):
+    with cute_sparse.emulated(arch, sms=num_splits, threads=1) as device, timing.traced(device):
         call(case, make_decode_inputs(case), return_lse=True, return_stats=True)
-        trips = sorted(
+        trips = [
             (timing.estimate(device, far, cluster=cta).cycles - timing.estimate(device, chip, cluster=cta).cycles)
             / longer
             for cta in range(timing.traced_clusters(device))
-        )
-    assert trips[-1] - trips[0] == pytest.approx(1, abs=0.01) and trips[-2] == pytest.approx(trips[0], abs=0.01)
+        ]
+    combined = [round(more - trips[0]) for more in trips]
+    expected = [trips_of_group if cta % group == group - 1 else 0 for cta in range(num_splits)]
+    assert combined == [*expected[:-1], trips_of_all]
 
 
 # ---- What a GPU alone can tell ----

@@ -297,7 +297,7 @@ def test_every_decode_operand_arrives_as_itself(decode_kernel, monkeypatch):
         "threshold": 0, "learnable_sink": sink.data_ptr(),
         "seqused_k": lengths.data_ptr(), "page_table": table.data_ptr(),
         "tile_counts": got.stats.tile_counts.data_ptr(), "skip_map": got.stats.skip_map.data_ptr(),
-        "partials": partials.data_ptr(), "arrivals": zeroed, "shared_max": zeroed + 128,
+        "partials": partials.data_ptr(), "arrivals": zeroed, "shared_max": zeroed + 256,
         "batch": 2, "heads_q": 48, "heads_kv": 3, "seqlen_q": 9, "capacity": 128, "blocks": 20, "page_table_stride": 7,
         "window_left": 50, "window_right": 0, "threshold_stride_batch": 0, "threshold_stride_head": 0,
         "map_rows": 3, "map_cols": 2, "partial_slots": items * 2, "slot_rows": slot_rows,
@@ -308,7 +308,7 @@ def test_every_decode_operand_arrives_as_itself(decode_kernel, monkeypatch):
         "out_stride_batch": 9 * 48 * 32, "out_stride_seq": 48 * 32, "out_stride_head": 32,
         "softmax_scale": scale, "softcap": 5.0, "threshold_log2": -2.0, "stream": 77,
     }  # fmt: skip
-    assert partials.dtype == torch.float32 and partials.numel() == items * 2 * slot_rows * (32 + 2)
+    assert partials.dtype == torch.float32 and partials.numel() == items * 2 * slot_rows * (32 + 4)
     assert got.stats.skip_map.shape == (2, 3, 3, 2) and got.stats.tile_counts.shape == (2, 2, 3)
     assert (got.stats.skip_map == 0).all() and (got.stats.tile_counts == 0).all(), "the kernel adds to zeros"
     assert got.stats.v_tile_bytes == 96 * 32 * 2
@@ -326,14 +326,14 @@ def test_decode_operands_that_are_not_asked_for(decode_kernel):
 
 
 def test_decode_zeroes_as_much_as_the_ctas_coordinate_through(decode_kernel, monkeypatch):
-    """arrivals for each item, and behind a whole line of them the maxima of each of its rows."""
+    """arrivals for each slot, two for each CTA, and behind a whole line of them the maxima of each item's rows."""
     sizes = []
     monkeypatch.setattr(FakeTarget, "zeroed", lambda self, stream, size: sizes.append(size) or self.memory)
     q, k = bf16(40, 3, 8, 64), bf16(40, 200, 2, 64)
     lengths = int32(*[100] * 40)
     cute_sparse.decode(q, k, k, seqused_k=lengths)
     cute_sparse.decode(q, k, k, seqused_k=lengths, threshold=0.1, share_max=True)
-    assert sizes == [80 * 4, 384 + 80 * 12 * 4]
+    assert sizes == [10 * 4, 128 + 80 * 12 * 4]
 
 
 def test_nothing_is_decoded_where_there_is_nothing_to_write_or_read(decode_kernel):

@@ -258,8 +258,9 @@ class Partials:
     """Partial results of splits, fp32. A slot holds one split's.
 
     acc      (head_dim_v, slot_rows, partial_slots): not yet divided by the row sum
-    rows     (2, slot_rows, partial_slots): each row's maximum, in base-2 units, -inf where it has seen no key; its sum
-    arrivals (items,) int32: the splits of an item that have written theirs
+    rows     (2, slot_rows, partial_slots, 2): each row's maximum, in base-2 units, -inf where it has seen no key; its
+             sum; of splits and groups of an even level, and of others
+    arrivals (partial_slots,) int32: of a group of results (`combine.Group`), how many are there
     """
 
     acc: Any
@@ -338,24 +339,24 @@ def decode_operands(problem: Problem, values) -> DecodeOperands:
         sink=_sink(problem, named),
         stats=_stats(named | {"heads_q": heads_kv}) if problem.return_stats else None,
         row_blocks=row_blocks,
-        partials=_partials(problem, named, items),
+        partials=_partials(problem, named),
         shared_max=_shared_max(named, items) if problem.share_max else None,
         num_splits=named["num_splits"],
         ctas=named["ctas"],
     )
 
 
-def _partials(problem: Problem, named, items) -> Partials:
+def _partials(problem: Problem, named) -> Partials:
     slots, slot_rows, head_dim_v = named["partial_slots"], named["slot_rows"], problem.head_dim_v
     acc_layout = cute.make_layout(
         (head_dim_v, slot_rows, slots), stride=(1, head_dim_v, cutlass.Int64(slot_rows) * head_dim_v)
     )
-    rows_layout = cute.make_layout((2, slot_rows, slots))
+    rows_layout = cute.make_layout((2, slot_rows, slots, 2))
     rows = named["partials"] + cutlass.Int64(slots) * slot_rows * head_dim_v
     return Partials(
         cute.make_tensor(named["partials"], acc_layout),
         cute.make_tensor(rows, rows_layout),
-        cute.make_tensor(named["arrivals"], (items,)),
+        cute.make_tensor(named["arrivals"], (slots,)),
     )
 
 

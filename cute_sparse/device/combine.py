@@ -8,6 +8,10 @@ partials and counts its arrival; the CTA that arrives last adds them up, always 
     m = max(m_s),   l = sum(2^(m_s - m) l_s),   out = sum(2^(m_s - m) O_s) / l
 
 so that the result does not depend on which CTA was the last. It also leaves the counter zero for the next launch.
+
+Of many splits nobody adds up all: every `fan_in` neighbours are a group, whose last CTA leaves what they come to in the
+slot of the first, and then the groups are what the splits were, until one group is left. So of 35 splits of 16 rows and
+128 columns the last CTA reads 13 results at most, not 35 (of 8 KB each), and the others' groups are ready by then.
 """
 
 from dataclasses import dataclass
@@ -15,15 +19,18 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from cute_sparse.device.bundles import DecodeOperands, Partials
 from cute_sparse.device.softmax import normaliser
-from cute_sparse.device.split import Segment
+from cute_sparse.device.split import Segment, divided
 
 SIGN = 1 << 31
 VECTOR = 4  # columns that a thread combines at a time: 16 bytes of fp32
-SPLITS_AT_ONCE = 16  # whose partials a thread asks for before it waits: eight take 1.2 times as long for 33 splits
+VECTORS_AT_ONCE = 16  # that a thread asks for before it waits: of so many results, or two of each of half as many
+# By how many vectors a result has: how many results are one group. A trip to L2 and back and the vectors themselves
+# take longer for more results, another level of groups takes two trips more and what its CTA leaves.
+FAN_INS = ((128, 32), (256, 16), (None, 8))
 
 
 class PackedRows(NamedTuple):
@@ -47,11 +54,49 @@ class PackedRows(NamedTuple):
         return PackedRows(segment.batch_idx, segment.kv_head, first, count, group)
 
     def query(self, row):
-        # unsigned division takes fewer instructions
-        return Int32(Uint32(self.first + row) // Uint32(self.group))
+        return divided(self.first + row, self.group)
 
     def head(self, row):
         return (self.kv_head - self.query(row)) * self.group + self.first + row
+
+
+class Group(NamedTuple):
+    """The results that become one at a level: those of the splits first, first + step, .., of which there are `count`.
+
+    level   0: of single splits; 1: of the groups of level 0; and so on
+    fan_in  `count` of all groups but the last of a level
+    splits  of the item
+    """
+
+    level: Any
+    fan_in: Any
+    step: Any
+    first: Any
+    count: Any
+    splits: Any
+
+    @staticmethod
+    def of(split, splits, fan_in, level, step) -> "Group":
+        """The group that a split belongs to at a level, whose results stand for `step` splits each."""
+        width = fan_in * step
+        first = divided(split, width) * width
+        count = divided(cutlass.min(splits - first, width) + (step - 1), step)
+        return Group(level, fan_in, step, first, count, splits)
+
+    @property
+    def is_all(self) -> Boolean:
+        """Whether it is all that there is at its level."""
+        return self.splits <= self.fan_in * self.step
+
+    def next(self) -> "Group":
+        """The group of the next level that this one is part of."""
+        return Group.of(self.first, self.splits, self.fan_in, self.level + 1, self.fan_in * self.step)
+
+    @property
+    def counter(self):
+        """The split in whose slot its arrivals are counted. That of a group of another level has another remainder by
+        fan_in. For more than one result, since it may not exist otherwise."""
+        return self.first + self.level
 
 
 @dataclass(frozen=True)
@@ -167,87 +212,144 @@ class Results:
                     cute.autovec_copy(piece, neighbours(start + column, width))
 
     @cute.jit
-    def leave_sum(self, slot, rows: PackedRows, row, row_max, row_sum):
+    def leave_sum(self, slot, rows: PackedRows, row, row_max, row_sum, level=0):
         """By one thread of a row; row_max is the reference in base-2 units, -inf if it has seen no key."""
         if row < rows.count:
             state = cute.make_rmem_tensor(2, Float32)
             state[0], state[1] = row_max, row_sum
-            cute.autovec_copy(state, self._row_state(slot, row))
+            cute.autovec_copy(state, self._row_state(slot, row, level))
+
+    def group(self, segment: Segment, rows: PackedRows) -> Group:
+        """The group of level 0 that a split belongs to."""
+        vectors = rows.count * (self.head_dim_v // VECTOR)
+        fan_in = Int32(FAN_INS[-1][1])
+        for most, fan in reversed(FAN_INS[:-1]):
+            fan_in = cutlass.select_(vectors <= most, Int32(fan), fan_in)
+        return Group.of(segment.split, segment.splits, fan_in, Int32(0), Int32(1))
 
     @cute.jit
-    def arrive(self, segment: Segment):
-        """By one thread, behind a barrier of all that wrote: whether this split is the item's last to arrive.
+    def arrive(self, segment: Segment, group: Group):
+        """By one thread, behind a barrier of all that wrote: whether this result is the group's last to arrive.
 
-        If so, all partials of the item may be read, behind another barrier.
+        If so, all results of the group may be read, behind another barrier.
         """
-        counter = self.partials.arrivals.iterator + segment.item
-        arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
-        is_last = arrived == segment.splits - 1
-        if is_last:
-            self.partials.arrivals[segment.item] = Int32(0)
+        is_last = Boolean(True)
+        if group.count > 1:
+            counter = self.partials.arrivals.iterator + segment.slot(group.counter)
+            arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
+            is_last = arrived == group.count - 1
+            if is_last:
+                self.partials.arrivals[segment.slot(group.counter)] = Int32(0)
         return is_last
 
     @cute.jit
-    def combine(self, segment: Segment, rows: PackedRows, thread, threads: cutlass.Constexpr[int]):
-        """Write out and lse from all splits of an item; by `threads` threads, of which this is number `thread`."""
-        vectors = self.head_dim_v // VECTOR
-        for i in cutlass.range(thread, rows.count * vectors, threads, unroll=1):
-            row = i // vectors
-            column = VECTOR * (i - row * vectors)
-            self._combine_columns(segment, rows, row, column)
+    def combine(self, segment: Segment, rows: PackedRows, group: Group, thread, threads: cutlass.Constexpr[int]):
+        """Of all results of a group: write out and lse if it is all there is, else leave what they come to. By
+        `threads` threads, of which this is number `thread`."""
+        if group.count <= VECTORS_AT_ONCE // 2:
+            self._combine(segment, rows, group, thread, threads, 2)
+        else:
+            self._combine(segment, rows, group, thread, threads, 1)
         if const_expr(self.shared_max is not None):
-            for row in cutlass.range(thread, rows.count, threads, unroll=1):
-                self.shared_max.clear(segment.item, row)
+            if group.is_all:
+                for row in cutlass.range(thread, rows.count, threads, unroll=1):
+                    self.shared_max.clear(segment.item, row)
 
     @cute.jit
-    def _combine_columns(self, segment: Segment, rows: PackedRows, row, column):
-        """VECTOR columns of one row; the loads of SPLITS_AT_ONCE splits are all under way before one is waited for."""
-        row_max, row_sum = -Float32.inf, Float32(0.0)
-        acc = cute.make_rmem_tensor((VECTOR, 1), Float32)
-        acc.fill(0.0)
-        for first in cutlass.range(0, segment.splits, SPLITS_AT_ONCE, unroll=1):
-            parts, states = self._read_partials(segment, row, column, first)
-            new_max = row_max
-            for i in cutlass.range_constexpr(SPLITS_AT_ONCE):
-                new_max = cute.arch.fmax(new_max, states[0, i], nan=True)
-            reference = cutlass.select_(new_max == -Float32.inf, Float32(0.0), new_max)
-            before = cute.math.exp2(row_max - reference, fastmath=True)
-            row_sum = row_sum * before
-            for j in cutlass.range_constexpr(VECTOR):
-                acc[j] = acc[j] * before
-            for i in cutlass.range_constexpr(SPLITS_AT_ONCE):
-                factor = cute.math.exp2(states[0, i] - reference, fastmath=True)
-                row_sum += factor * states[1, i]
-                for j in cutlass.range_constexpr(VECTOR):
-                    acc[j] = acc[j] + factor * parts[j, i]
-            row_max = new_max
-        inverse, lse = self.normaliser(rows, row, row_max, row_sum)
-        self.write_row(rows, row, column, VECTOR, acc, inverse)
-        if column == 0:
-            self.write_lse(rows, row, lse)
+    def _combine(
+        self,
+        segment: Segment,
+        rows: PackedRows,
+        group: Group,
+        thread,
+        threads: cutlass.Constexpr[int],
+        at_once: cutlass.Constexpr[int],
+    ):
+        """A thread has `at_once` vectors of a row each; the loads of VECTORS_AT_ONCE are all under way before one is
+        waited for."""
+        results_at_once = VECTORS_AT_ONCE // at_once
+        vectors = self.head_dim_v // VECTOR
+        for i in cutlass.range(thread, rows.count * vectors, threads * at_once, unroll=1):
+            at = [(i + k * threads) // vectors for k in range(at_once)]
+            columns = [VECTOR * (i + k * threads - at[k] * vectors) for k in range(at_once)]
+            sums = cute.make_rmem_tensor((2, at_once), Float32)  # as in `_row_state`
+            acc = cute.make_rmem_tensor((VECTOR, at_once), Float32)
+            acc.fill(0.0)
+            sums.fill(0.0)
+            for k in cutlass.range_constexpr(at_once):
+                sums[0, k] = -Float32.inf
+            for first in cutlass.range(0, group.count, results_at_once, unroll=1):
+                loaded = [
+                    self._read(segment, rows, group, at[k], columns[k], first, results_at_once) for k in range(at_once)
+                ]
+                for k in cutlass.range_constexpr(at_once):
+                    parts, states = loaded[k]
+                    _add(acc[None, k], sums[None, k], parts, states)
+            for k in cutlass.range_constexpr(at_once):
+                if at[k] < rows.count:
+                    self._write_combined(segment, rows, group, at[k], columns[k], acc, sums, k)
 
     @cute.jit
-    def _read_partials(self, segment: Segment, row, column, first):
-        """What the splits from `first` on left of some columns: (VECTOR, SPLITS_AT_ONCE), and of the row's maximum and
-        sum: (2, SPLITS_AT_ONCE). Of splits that do not exist, what adds nothing."""
-        parts = cute.make_rmem_tensor((VECTOR, SPLITS_AT_ONCE), Float32)
-        states = cute.make_rmem_tensor((2, SPLITS_AT_ONCE), Float32)
+    def _write_combined(
+        self, segment: Segment, rows: PackedRows, group: Group, row, column, acc, sums, k: cutlass.Constexpr[int]
+    ):
+        values = cute.make_rmem_tensor((VECTOR, 1), Float32)
+        values.store(acc[None, k].load().reshape((VECTOR, 1)))
+        if group.is_all:
+            inverse, lse = self.normaliser(rows, row, sums[0, k], sums[1, k])
+            self.write_row(rows, row, column, VECTOR, values, inverse)
+            if column == 0:
+                self.write_lse(rows, row, lse)
+        else:
+            slot = segment.slot(group.first)
+            self.leave_row(slot, rows, row, column, VECTOR, values)
+            if column == 0:
+                self.leave_sum(slot, rows, row, sums[0, k], sums[1, k], group.level + 1)
+
+    @cute.jit
+    def _read(
+        self, segment: Segment, rows: PackedRows, group: Group, row, column, first, count: cutlass.Constexpr[int]
+    ):
+        """Of the results from the group's number `first` on, some columns of a row: (VECTOR, count), and the row's
+        maximum and sum: (2, count). Of what does not exist, what adds nothing."""
+        parts = cute.make_rmem_tensor((VECTOR, count), Float32)
+        states = cute.make_rmem_tensor((2, count), Float32)
         parts.fill(0.0)
         states.fill(0.0)
-        for i in cutlass.range_constexpr(SPLITS_AT_ONCE):
+        for i in cutlass.range_constexpr(count):
             states[0, i] = -Float32.inf
-        for i in cutlass.range_constexpr(SPLITS_AT_ONCE):
-            if first + i < segment.splits:
-                slot = segment.slot(first + i)
-                cute.autovec_copy(self._row_state(slot, row), states[None, i])
+        for i in cutlass.range_constexpr(count):
+            if (first + i < group.count) & (row < rows.count):
+                slot = segment.slot(group.first + (first + i) * group.step)
+                cute.autovec_copy(self._row_state(slot, row, group.level), states[None, i])
                 start = self.partials.acc.iterator + cute.crd2idx((column, row, slot), self.partials.acc.layout)
                 cute.autovec_copy(neighbours(start, VECTOR), parts[None, i])
         return parts, states
 
-    def _row_state(self, slot, row) -> cute.Tensor:
-        """A row's maximum and sum in a slot, as one vector."""
+    def _row_state(self, slot, row, level) -> cute.Tensor:
+        """A row's maximum and sum in a slot, as one vector: of a group of results, apart from where theirs are, which
+        other threads may still read."""
         rows = self.partials.rows
-        return neighbours(rows.iterator + cute.crd2idx((0, row, slot), rows.layout), 2)
+        return neighbours(rows.iterator + cute.crd2idx((0, row, slot, level % 2), rows.layout), 2)
+
+
+def _add(acc: cute.Tensor, sums: cute.Tensor, parts: cute.Tensor, states: cute.Tensor) -> None:
+    """Add results to what has been added up so far: acc (VECTOR,) with the row's maximum and sum in `sums`."""
+    count = cute.size(states, mode=[1])
+    new_max = sums[0]
+    for i in range(count):
+        new_max = cute.arch.fmax(new_max, states[0, i], nan=True)
+    reference = cutlass.select_(new_max == -Float32.inf, Float32(0.0), new_max)
+    before = cute.math.exp2(sums[0] - reference, fastmath=True)
+    row_sum = sums[1] * before
+    for j in range(VECTOR):
+        acc[j] = acc[j] * before
+    for i in range(count):
+        factor = cute.math.exp2(states[0, i] - reference, fastmath=True)
+        row_sum += factor * states[1, i]
+        for j in range(VECTOR):
+            acc[j] = acc[j] + factor * parts[j, i]
+    sums[0], sums[1] = new_max, row_sum
 
 
 def neighbours(start: cute.Pointer, count: int) -> cute.Tensor:

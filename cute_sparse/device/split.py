@@ -34,7 +34,7 @@ class Cuts(NamedTuple):
 
     @staticmethod
     def even(positions, parts) -> "Cuts":
-        base = _divided(positions, parts)
+        base = divided(positions, parts)
         return Cuts(base, positions - base * parts)
 
     def begin(self, part):
@@ -45,7 +45,7 @@ class Cuts(NamedTuple):
         """The part that has a position."""
         among_longer = position < self.longer * (self.base + 1)
         passed = cutlass.select_(among_longer, Int32(0), self.longer)
-        return _divided(position - passed, cutlass.select_(among_longer, self.base + 1, self.base))
+        return divided(position - passed, cutlass.select_(among_longer, self.base + 1, self.base))
 
 
 class Walk(NamedTuple):
@@ -167,8 +167,8 @@ class SplitPlan:
     def _part(self, number) -> Walk:
         """At a part of a fixed plan."""
         parts = self.batch * self.items_per_sequence * self.num_splits
-        of_all = _divided(number, self.num_splits)
-        batch_idx = _divided(of_all, self.items_per_sequence)
+        of_all = divided(number, self.num_splits)
+        batch_idx = divided(of_all, self.items_per_sequence)
         item = of_all - batch_idx * self.items_per_sequence
         return Walk(batch_idx, item, number, self.seqlen_k(batch_idx), Int32(0), parts, Int32(0), Int32(0))
 
@@ -209,7 +209,7 @@ class SplitPlan:
             batch_idx += Int32(passes)
             seqlen_k = cutlass.select_(passes, lengths[i + 1], seqlen_k)
         positions = self.positions(seqlen_k)
-        item = _divided(start - number, positions)
+        item = divided(start - number, positions)
         number = cutlass.select_(start < stop, number + item * positions, stop)  # of a CTA without work, the end
         return Walk(batch_idx, item, number, seqlen_k, start, stop, cuts.base, cuts.longer)
 
@@ -259,7 +259,7 @@ class SplitPlan:
             begins_inside = walk.number > walk.cuts.begin(owner)
             first_slot, slots_from, slot_step = 2 * owner + Int32(begins_inside), 2 * owner, Int32(2)
         first_tile, end_tile = self.visited(walk.seqlen_k)
-        kv_head = _divided(item, self.row_blocks)
+        kv_head = divided(item, self.row_blocks)
         seeds = cutlass.min(begin, SEEDS) if self.seeded else Int32(0)
         return Segment(
             batch_idx, kv_head, item - kv_head * self.row_blocks, batch_idx * per_sequence + item, walk.seqlen_k,
@@ -301,7 +301,7 @@ class SplitPlan:
         return Walk(batch_idx, item, number, seqlen_k, start, stop, base, longer)
 
 
-def _divided(numerator, denominator) -> Int32:
+def divided(numerator, denominator) -> Int32:
     """Quotient of two int32 that are not negative; unsigned division takes fewer instructions."""
     return Int32(Uint32(numerator) // Uint32(denominator))
 

@@ -974,7 +974,7 @@ class Decode:
         row_max,
         row_sum,
     ):
-        """A segment's results: to the output, or as one of several splits, of which the last combines all."""
+        """A segment's results: to the output, or to the split's slot; the last of a group combines it."""
         rows = self._rows(op, segment)
         if op.parts == 4:
             self._finish_parts(op, pipes, tiles, segment, rows, lane, thread, kept, row_max, row_sum, 4)
@@ -983,12 +983,17 @@ class Decode:
         else:
             self._finish_rows(op, pipes, segment, rows, lane, thread, kept, row_max, row_sum)
         if segment.splits > 1:
-            self._meet()
-            is_last = Boolean(False)
-            if thread == 0:
-                is_last = op.results.arrive(segment)
-            if any_of_group(is_last, int(NamedBarrier.FINISH), GROUP_THREADS):
-                op.results.combine(segment, rows, thread, GROUP_THREADS)
+            group, is_done = op.results.group(segment, rows), Boolean(False)
+            while not is_done:
+                self._meet()
+                is_last = Boolean(False)
+                if thread == 0:
+                    is_last = op.results.arrive(segment, group)
+                is_last = any_of_group(is_last, int(NamedBarrier.FINISH), GROUP_THREADS)
+                if is_last:
+                    op.results.combine(segment, rows, group, thread, GROUP_THREADS)
+                is_done = group.is_all | ~is_last
+                group = group.next()
 
     @cute.jit
     def _finish_rows(

@@ -871,7 +871,7 @@ class HopperDecode:
     def _finish(
         self, operands: KernelOperands, shared: Shared, acc_O: cute.Tensor, thread, segment: Segment, p: Cursor
     ):
-        """Write the result of an item's only split, or leave a partial one and, as the last, combine them all."""
+        """Write the result of an item's only split, or leave a partial one; the last of a group combines it."""
         results = operands.results
         block = self._rows(operands, segment)
         row_sums = [shared.row_factor[row, p.index] for row in self._rows_of(thread)]
@@ -882,12 +882,17 @@ class HopperDecode:
             self._write(results, block, acc_O, thread, row_sums, row_maxima)
         else:
             self._leave(results, block, acc_O, thread, segment, row_sums, row_maxima)
-            self._value_barrier()
-            is_last = Boolean(False)
-            if thread == 0:
-                is_last = results.arrive(segment)
-            if wgmma.any_of_warpgroup(is_last, int(NamedBarrier.COMBINE)):
-                results.combine(segment, block, thread, WARPGROUP_THREADS)
+            group, is_done = results.group(segment, block), Boolean(False)
+            while not is_done:
+                self._value_barrier()
+                is_last = Boolean(False)
+                if thread == 0:
+                    is_last = results.arrive(segment, group)
+                is_last = wgmma.any_of_warpgroup(is_last, int(NamedBarrier.COMBINE))
+                if is_last:
+                    results.combine(segment, block, group, thread, WARPGROUP_THREADS)
+                is_done = group.is_all | ~is_last
+                group = group.next()
 
     @cute.jit
     def _write(self, results: Results, block: PackedRows, acc_O: cute.Tensor, thread, row_sums: list, row_maxima: list):
