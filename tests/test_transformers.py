@@ -76,6 +76,8 @@ def packed(batch, head, q_idx, kv_idx):
 
 CHUNKS = {"mask_function": masking_utils.chunked_causal_mask_function(8, torch.zeros(2, dtype=torch.long)),
           "local_size": 8, "config": transformers.LlamaConfig()}  # fmt: skip
+LEFT_PADDED = torch.arange(8) >= torch.tensor([[3], [0]])
+ONE_CHUNK_EACH = CHUNKS | {"mask_function": masking_utils.chunked_causal_mask_function(8, torch.tensor([3, 0]))}
 BOTH_SIDES = masking_utils.sliding_window_bidirectional_mask_function(5)
 # name: sizes, options, whether the kernels have such a mask
 MASKS = {
@@ -90,6 +92,8 @@ MASKS = {
     "window wide enough on both sides": ((1, 5, 5), windowed(5, mask_function=BOTH_SIDES), True),
     "chunks": ((2, 16, 16), CHUNKS, False),
     "one chunk": ((2, 8, 8), CHUNKS, True),
+    "one chunk each": ((2, 8, 8), ONE_CHUNK_EACH | {"attention_mask": LEFT_PADDED}, True),
+    "one chunk each, tokens before it": ((2, 8, 8), ONE_CHUNK_EACH | {"attention_mask": ~LEFT_PADDED}, False),
     "the last token of a chunk": ((1, 1, 16, 15), CHUNKS, False),
     "two documents": ((2, 200, 200), {"mask_function": packed}, False),
     "one document": ((1, 200, 200), {"mask_function": packed}, True),
@@ -101,7 +105,8 @@ def test_a_mask_that_the_kernels_do_not_have_is_refused(sizes, options, known, m
     """A single element that differs is enough, wherever it is."""
     monkeypatch.setattr(integration, "MASK_ELEMENTS", 1000)
     if known:
-        assert integration.padding_mask(*sizes, **options) is None
+        got, tokens = integration.padding_mask(*sizes, **options), options.get("attention_mask")
+        assert got is tokens or torch.equal(got, tokens)
         return
     with pytest.raises(NotImplementedError, match="mask is not supported"):
         integration.padding_mask(*sizes, **options)

@@ -155,8 +155,10 @@ def _is_same(one, other) -> bool:
 
 
 def _check_is_band(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, options) -> None:
-    """Compare every element of the mask, some rows at a time."""
+    """Compare every element of the mask where the key is no padding, some rows at a time."""
     device = options.get("device", "cpu")
+    tokens = options.get("attention_mask")  # (batch, kv_length or more)
+    padding = False if tokens is None else ~tokens[:, None, None, -kv_length:].to(device, torch.bool)
     window = _causal_window(options)
     kv_idx = torch.arange(kv_offset, kv_offset + kv_length, device=device)
     shift = (kv_offset + kv_length) - (q_offset + q_length)  # of the kernels: the last query's own key is the last one
@@ -172,7 +174,7 @@ def _check_is_band(mask_function, batch_size, q_length, kv_length, q_offset, kv_
         bands = {"full": kv_idx <= kv_idx[-1], "causal": kv_idx <= diagonal}
         if window is not None:
             bands["window"] = bands["causal"] & (kv_idx > diagonal - window)
-        fits = {name for name in fits if bool((visible == bands[name]).all())}
+        fits = {name for name in fits if bool(((visible == bands[name]) | padding).all())}
         if not fits:
             raise NotImplementedError(
                 "this model's attention mask is not supported; supported are bidirectional, causal and causal windows, "
