@@ -128,6 +128,26 @@ class Work(NamedTuple):
     end: Any
 
 
+class Source(NamedTuple):
+    """A work tile's K and V, as TMA sees them in shared and global memory, and how many KV tiles are loaded."""
+
+    work: Work
+    tiles: Any
+    tKsK: cute.Tensor
+    tKgK: cute.Tensor
+    tVsV: cute.Tensor
+    tVgV: cute.Tensor
+
+
+class Loaded(NamedTuple):
+    """How far the producer is: the next slots, and the tiles in a row that every warpgroup skipped."""
+
+    k: Cursor
+    v: Cursor
+    vote: Cursor
+    skipped_in_a_row: Any
+
+
 class Thread(NamedTuple):
     """A consumer thread's place: its warpgroup (of the consumers), and its index there, 0..127."""
 
@@ -168,8 +188,8 @@ class HopperPrefill:
       setmaxnreg moves the producer's registers to the consumers (`config.REGISTERS`).
 
     Pipelines  (producer -> consumer: slots; what fills; what drains)
-      q      TMA -> MMA: 1; bytes of Q; one arrival per consumer warp, or, where out is staged in Q's memory, one
-             per warpgroup once the store has read it
+      q      TMA -> MMA: one per warpgroup; bytes of its Q; where out is staged in Q's memory, one arrival once the
+             store has read it, elsewhere nothing: when the last K of a work tile is drained, its Q is no longer read
       k, v   TMA -> MMA: `k_stages`, `v_stages`; bytes of the tile; one arrival per consumer warp
       votes  consumers -> producer: `k_stages`; one arrival per warpgroup; nothing drains them, the order of the K and
              V rings protects them (only where V may be held back)
@@ -177,7 +197,8 @@ class HopperPrefill:
 
     Timeline, steady state, for KV tile j (j falls)
       producer   K[j], V[j + lead], K[j - 1], V[j + lead - 1], ..    where lead = k_stages - 1; but the first V behind
-                 the second K
+                 the second K; between two work tiles .. V[1], K'[n], V[0], Q', K'[n - 1], V'[n] .., so that nobody
+                 waits for them, or where out is staged in Q's memory .. V[1], K'[n], V[0], K'[n - 1], Q', V'[n] ..
       consumer   wait for the turn; issue S = Q K[j]^T; issue O += P V[j+1]; pass the turn; wait for S; mask;
                  maxima; vote; p = 2^(..); wait for O; P = round(p); rescale O if a reference moved; release V[j+1]
 
@@ -212,12 +233,15 @@ class HopperPrefill:
         self.tile_m, self.tile_n = config.tile_m, config.tile_n
         self.k_stages, self.v_stages = config.k_stages, config.v_stages
         self.k_lead = config.k_stages - 1  # tiles by which the K loads run ahead of the V loads
+        # K tiles that go before Q, whose memory is free late where out is staged in it
+        self.first_k = 2 if config.out_aliases_q else 1
+        self.early_v = int(self.k_lead > 1 or self.first_k > 1)  # of the first KV tiles, those with V at once
         self.sparse = problem.sparsity is not None
         # V of a tile that a warpgroup passed by may be released unseen: in its turn all have released V of two tiles
         # before, and with it the slot's last content. Whoever does see the tile waits for it.
         self.turns_order_releases = config.ping_pong and config.v_stages >= 2
         self.consumer_warps = config.warpgroups * WARPGROUP_WARPS
-        self.q_bytes = self.tile_m * self.head_dim * ELEMENT_BYTES
+        self.q_bytes = WARPGROUP_ROWS * self.head_dim * ELEMENT_BYTES
         self.k_bytes = self.tile_n * self.head_dim * ELEMENT_BYTES
         self.v_bytes = self.tile_n * self.head_dim_v * ELEMENT_BYTES
 
@@ -333,7 +357,7 @@ class HopperPrefill:
         def ring(stages: int, drains: int, fills: int = 1) -> Ring:
             return Ring(smem.allocate_array(Int64, 2 * stages), stages, drains, fills)
 
-        q_ring = ring(1, drains=warpgroups if self.config.out_aliases_q else self.consumer_warps)
+        q_ring = ring(warpgroups, drains=1)  # drained where out is staged in Q's memory
         k_ring = ring(self.k_stages, drains=self.consumer_warps)
         v_ring = ring(self.v_stages, drains=self.consumer_warps)
         tile_ring = ring(TILE_SLOTS, drains=self.consumer_warps)
@@ -392,65 +416,130 @@ class HopperPrefill:
 
     @cute.jit
     def load(self, operands: KernelOperands, shared: Shared, schedule):
-        """Q, then K and, `k_lead` tiles behind, V, for every work tile."""
-        q, k, v, vote = producer_cursor(), producer_cursor(), producer_cursor(), consumer_cursor()
+        """Q, then K and, `k_lead` tiles behind, V, for every work tile. The next one's first K come before this one's
+        last V, and its Q as soon as this one's is no longer read."""
+        q, loaded = producer_cursor(), Loaded(producer_cursor(), producer_cursor(), consumer_cursor(), Int32(0))
         tile, claim = schedule.first_for_producer()
+        q = self._load_q(operands, shared, tile, q, loaded.k)
+        for nth in cutlass.range_constexpr(self.first_k):
+            loaded = self._load_first_k(operands, shared, tile, nth, loaded)
         while tile.m_block >= 0:
-            work = self._work(operands, tile)
-            if self._has_rows(work):
-                shared.q_ring.acquire(q)
-                if work.end > work.begin:
-                    k, v, vote = self._load_tile(operands, shared, work, q, k, v, vote)
-                else:
-                    # Without keys there is nothing to load, but the slot must change hands: out may be staged in it.
-                    shared.q_ring.expect(q, 0)
-                q = shared.q_ring.advanced(q)
+            source = self._source(operands, shared, self._work(operands, tile))
+            loaded = self._load_tile(operands, shared, source, loaded)
             tile, claim = schedule.next_for_producer(tile, claim)
+            last_k = loaded.k
+            for _ in cutlass.range_constexpr(self.k_lead):  # all slots but one further: the last K's, when it is empty
+                last_k = shared.k_ring.advanced(last_k)
+            for nth in cutlass.range_constexpr(self.first_k):
+                loaded = self._load_first_k(operands, shared, tile, nth, loaded)
+                if const_expr(nth == 0):
+                    if source.tiles > self.early_v:
+                        loaded = self._load_v(operands, shared, source, source.tiles - 1, loaded)
+            q = self._load_q(operands, shared, tile, q, last_k)
 
     def _has_rows(self, work: Work):
         """False for blocks of a packed batch past the end of a shorter sequence, which `OneTile` gives out, too."""
         return work.tile.m_block * self.tile_m < work.span_q.length
 
-    @cute.jit
-    def _load_tile(
-        self, operands: KernelOperands, shared: Shared, work: Work, q: Cursor, k: Cursor, v: Cursor, vote: Cursor
-    ):
+    def _tiles(self, work: Work):
+        """How many KV tiles the CTA loads."""
+        return cutlass.select_(self._has_rows(work), cutlass.max(work.end - work.begin, 0), Int32(0))
+
+    def _source(self, operands: KernelOperands, shared: Shared, work: Work) -> Source:
         head_kv = work.tile.head_idx // operands.group
-        gQ = operands.q.tokens.sequence(work.tile.head_idx, work.tile.batch_idx, work.span_q)
         gK = operands.k.tokens.sequence(head_kv, work.tile.batch_idx, work.span_k)
         gV = operands.v.tokens.sequence(head_kv, work.tile.batch_idx, work.span_k)
-        gQ = cute.local_tile(gQ, (WARPGROUP_ROWS, self.head_dim), (None, 0))  # (64, head_dim, row blocks)
         gK = cute.local_tile(gK, (self.tile_n, self.head_dim), (None, 0))  # (tile_n, head_dim, KV tiles)
         gV = cute.local_tile(gV, (self.tile_n, self.head_dim_v), (None, 0))
-        tQsQ, tQgQ = _tma_partition(operands.q.atom, shared.sQ, gQ)
         tKsK, tKgK = _tma_partition(operands.k.atom, shared.sK, gK)
         tVsV, tVgV = _tma_partition(operands.v.atom, shared.sV, gV)
+        return Source(work, self._tiles(work), tKsK, tKgK, tVsV, tVgV)
 
-        shared.q_ring.expect(q, self.q_bytes)
-        for i in cutlass.range_constexpr(self.config.warpgroups):
-            row_block = work.tile.m_block * self.config.warpgroups + i
-            cute.copy(operands.q.atom, tQgQ[None, row_block], tQsQ[None, i], tma_bar_ptr=shared.q_ring.full(q))
-        tiles, skipped_in_a_row = work.end - work.begin, Int32(0)
-        for i in cutlass.range(tiles + self.k_lead, unroll=1):
-            if i < tiles:
-                with span("load K"):
-                    n_block = self._in_order(work, work.end - 1 - i)
-                    k = _fill(shared.k_ring, k, self.k_bytes, operands.k.atom, tKgK, tKsK, n_block)
-            if (i == 1) | (i > self.k_lead):  # the second tile's products need its K and the first one's V at once
-                nth = cutlass.max(i - self.k_lead, 0)
-                with span("load V"):
-                    shared.v_ring.acquire(v)
-                    wanted = Boolean(True)
-                    if const_expr(self.config.hold_v_after > 0):
-                        wanted, skipped_in_a_row = self._v_is_wanted(shared, nth, vote, skipped_in_a_row)
-                        vote = shared.vote_ring.advanced(vote)
-                    if wanted:
-                        n_block = self._in_order(work, work.end - 1 - nth)
-                        _load(shared.v_ring, v, self.v_bytes, operands.v.atom, tVgV, tVsV, n_block)
-                    else:
-                        shared.v_ring.expect(v, 0)
-                v = shared.v_ring.advanced(v)
-        return k, v, vote
+    @cute.jit
+    def _load_q(self, operands: KernelOperands, shared: Shared, tile: WorkTile, q: Cursor, last_k: Cursor):
+        """Q of a work tile, once the last one's is no longer read: its last product is done with the slot `last_k` of
+        the K ring, or, where out is staged in Q's memory, the store says so."""
+        if tile.m_block >= 0:
+            work = self._work(operands, tile)
+            if self._needs_q(work):
+                if const_expr(not self.config.out_aliases_q):
+                    shared.k_ring.acquire(last_k)
+                gQ = operands.q.tokens.sequence(work.tile.head_idx, work.tile.batch_idx, work.span_q)
+                gQ = cute.local_tile(gQ, (WARPGROUP_ROWS, self.head_dim), (None, 0))  # (64, head_dim, row blocks)
+                tQsQ, tQgQ = _tma_partition(operands.q.atom, shared.sQ, gQ)
+                for i in cutlass.range_constexpr(self.config.warpgroups):
+                    slot = self._q_slot(q, i)
+                    if const_expr(self.config.out_aliases_q):
+                        shared.q_ring.acquire(slot)
+                    shared.q_ring.expect(slot, self.q_bytes)
+                    row_block = work.tile.m_block * self.config.warpgroups + i
+                    barrier = shared.q_ring.full(slot)
+                    cute.copy(operands.q.atom, tQgQ[None, row_block], tQsQ[None, i], tma_bar_ptr=barrier)
+                q = self._next_q(q)
+        return q
+
+    def _q_slot(self, q: Cursor, warpgroup_idx) -> Cursor:
+        """Of a work tile's Q, the slot of one warpgroup's rows."""
+        return Cursor(Int32(warpgroup_idx), q.phase)
+
+    def _next_q(self, q: Cursor) -> Cursor:
+        return Cursor(q.index, q.phase ^ 1)
+
+    def _needs_q(self, work: Work):
+        """Not without keys; but where out is staged in Q's memory, that must change hands."""
+        return self._has_rows(work) if self.config.out_aliases_q else self._tiles(work) > 0
+
+    @cute.jit
+    def _load_first_k(self, operands: KernelOperands, shared: Shared, tile: WorkTile, nth: int, loaded: Loaded):
+        """K of a work tile's nth KV tile, if there are both."""
+        if tile.m_block >= 0:
+            source = self._source(operands, shared, self._work(operands, tile))
+            if nth < source.tiles:
+                loaded = self._load_k(operands, shared, source, Int32(nth), loaded)
+        return loaded
+
+    @cute.jit
+    def _load_tile(self, operands: KernelOperands, shared: Shared, source: Source, loaded: Loaded):
+        """What a work tile has between its first K and its last V."""
+        loaded = loaded._replace(skipped_in_a_row=Int32(0))
+        if source.tiles > 0:
+            if const_expr(self.first_k > 1):
+                loaded = self._load_v(operands, shared, source, Int32(0), loaded)
+            for i in cutlass.range(self.first_k, source.tiles + self.k_lead - 1, unroll=1):
+                if i < source.tiles:
+                    loaded = self._load_k(operands, shared, source, i, loaded)
+                if (i == 1) | (i > self.k_lead):  # the second tile's products need its K and the first one's V at once
+                    nth = cutlass.max(i - self.k_lead, 0)
+                    loaded = self._load_v(operands, shared, source, nth, loaded)
+        return loaded
+
+    @cute.jit
+    def _load_k(self, operands: KernelOperands, shared: Shared, source: Source, nth, loaded: Loaded):
+        """K of the nth KV tile, once a slot is empty."""
+        with span("load K"):
+            work, ring, k = source.work, shared.k_ring, loaded.k
+            ring.acquire(k)
+            n_block = self._in_order(work, work.end - 1 - nth)
+            _load(ring, k, self.k_bytes, operands.k.atom, source.tKgK, source.tKsK, n_block)
+        return loaded._replace(k=ring.advanced(k))
+
+    @cute.jit
+    def _load_v(self, operands: KernelOperands, shared: Shared, source: Source, nth, loaded: Loaded):
+        """V of the nth KV tile, once a slot is empty, or nothing if every warpgroup skips the tile."""
+        with span("load V"):
+            work, ring, v = source.work, shared.v_ring, loaded.v
+            vote, skipped_in_a_row = loaded.vote, loaded.skipped_in_a_row
+            ring.acquire(v)
+            wanted = Boolean(True)
+            if const_expr(self.config.hold_v_after > 0):
+                wanted, skipped_in_a_row = self._v_is_wanted(shared, nth, vote, skipped_in_a_row)
+                vote = shared.vote_ring.advanced(vote)
+            if wanted:
+                n_block = self._in_order(work, work.end - 1 - nth)
+                _load(ring, v, self.v_bytes, operands.v.atom, source.tVgV, source.tVsV, n_block)
+            else:
+                ring.expect(v, 0)
+        return Loaded(loaded.k, ring.advanced(v), vote, skipped_in_a_row)
 
     @cute.jit
     def _v_is_wanted(self, shared: Shared, nth, vote: Cursor, skipped_in_a_row):
@@ -498,17 +587,18 @@ class HopperPrefill:
                 kept = Int32(0)
                 # Not left to the first product: with a P V under a branch, ptxas would serialise every wgmma.
                 fragments.acc_O.fill(0.0)
-                shared.q_ring.wait(q)
+                if self._needs_q(work):
+                    shared.q_ring.wait(self._q_slot(q, thread.warpgroup))
                 if work.end > work.begin:
-                    k, v, kept = self._walk(consumer, q, k, v)
+                    k, v, kept = self._walk(consumer, k, v)
                 else:
                     softmax.clear()
-                    self._finish_q(consumer, q)
                 with span("store"):
                     self.store(consumer, q)
                 if const_expr(operands.stats is not None):
                     self._count(consumer, kept)
-                q = shared.q_ring.advanced(q)
+                if self._needs_q(work):
+                    q = self._next_q(q)
             tile, claim = schedule.next(tile, claim)
         self._finish_stores(thread)
 
@@ -544,7 +634,7 @@ class HopperPrefill:
         return TileRange(*(cutlass.select_(empty, Int32(work.begin), Int32(bound)) for bound in (begin, end)))
 
     @cute.jit
-    def _walk(self, consumer: Consumer, q: Cursor, k: Cursor, v: Cursor):
+    def _walk(self, consumer: Consumer, k: Cursor, v: Cursor):
         """Every KV tile from the last to the first. Returns the cursors and how many tiles were kept."""
         operands, shared, _, _, work, visited, softmax = consumer
         threshold_raw = None
@@ -569,7 +659,6 @@ class HopperPrefill:
             if const_expr(self.sparse):
                 p_pending = keeps
                 kept -= 1 - Int32(keeps)
-        self._finish_q(consumer, q)
         if const_expr(self.config.own_ranges):
             for _ in cutlass.range(visited.begin - work.begin, unroll=1):
                 k, v = self._pass_by(consumer, Int32(1), k, v, p_pending)
@@ -661,11 +750,6 @@ class HopperPrefill:
         shared.v_ring.release(v)
         return keeps
 
-    def _finish_q(self, consumer: Consumer, q: Cursor) -> None:
-        """Hand Q's slot back, unless out is going to be staged in it: then `store` does."""
-        if not self.config.out_aliases_q:
-            consumer.shared.q_ring.release(q)
-
     @cute.jit
     def _last_product(self, consumer: Consumer, v: Cursor, p_pending):
         """O += P V of the last kept tile, if it was the last visited."""
@@ -702,7 +786,7 @@ class HopperPrefill:
             cute.arch.cp_async_bulk_commit_group()
             if const_expr(self.config.out_aliases_q):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-                shared.q_ring.release(q)
+                shared.q_ring.release(self._q_slot(q, thread.warpgroup))
 
     @cute.jit
     def _await_out_room(self, thread: Thread):
@@ -856,13 +940,6 @@ def _tma_partition(atom: cute.CopyAtom, smem_tile: cute.Tensor, gmem_tile: cute.
     return cpasync.tma_partition(
         atom, 0, whole, cute.group_modes(smem_tile, 0, 2), cute.group_modes(gmem_tile, 0, 2)
     )
-
-
-def _fill(ring: Ring, slot: Cursor, tx_bytes: int, atom: cute.CopyAtom, source, target, n_block) -> Cursor:
-    """Load KV tile `n_block` of source into a slot, once that is empty; returns the next slot."""
-    ring.acquire(slot)
-    _load(ring, slot, tx_bytes, atom, source, target, n_block)
-    return ring.advanced(slot)
 
 
 def _load(ring: Ring, slot: Cursor, tx_bytes: int, atom: cute.CopyAtom, source, target, n_block) -> None:
