@@ -221,15 +221,29 @@ def _stats(named) -> Stats:
     return Stats(tile_counts, cute.make_tensor(named["skip_map"], map_layout))
 
 
-@cute.jit
 def log2_threshold(threshold: Threshold, batch_idx: Int32, head_idx: Int32) -> Float32:
     """log2(lambda) for one head of one sequence.
 
     A tensor's values are unchecked: lambda above 1 counts as 1; NaN or below 0 gives NaN, which no score is below.
     """
+    return log2_loaded(threshold, load_threshold(threshold, batch_idx, head_idx))
+
+
+@cute.jit
+def load_threshold(threshold: Threshold, batch_idx: Int32, head_idx: Int32) -> Float32:
+    """What `log2_loaded` needs: until then, nothing waits for the load."""
     value = threshold.scalar_log2
     if threshold.tensor.iterator.toint() != 0:
-        value = cute.math.log2(threshold.tensor[batch_idx, head_idx], fastmath=True)
+        value = threshold.tensor[batch_idx, head_idx]
+    return value
+
+
+@cute.jit
+def log2_loaded(threshold: Threshold, loaded: Float32) -> Float32:
+    """`log2_threshold` of what `load_threshold` gave."""
+    value = loaded
+    if threshold.tensor.iterator.toint() != 0:
+        value = cute.math.log2(value, fastmath=True)
         value = cutlass.select_(value > 0.0, Float32(0.0), value)
     return value
 

@@ -41,7 +41,8 @@ from cute_sparse.device.bundles import (
     Scale,
     Span,
     TokenTensor,
-    log2_threshold,
+    load_threshold,
+    log2_loaded,
     prefill_operands,
 )
 from cute_sparse.device.events import span
@@ -587,10 +588,13 @@ class HopperPrefill:
                 kept = Int32(0)
                 # Not left to the first product: with a P V under a branch, ptxas would serialise every wgmma.
                 fragments.acc_O.fill(0.0)
+                threshold = None
+                if const_expr(self.sparse):  # used behind the first product, under which it arrives
+                    threshold = load_threshold(operands.threshold, tile.batch_idx, tile.head_idx)
                 if self._needs_q(work):
                     shared.q_ring.wait(self._q_slot(q, thread.warpgroup))
                 if work.end > work.begin:
-                    k, v, kept = self._walk(consumer, k, v)
+                    k, v, kept = self._walk(consumer, k, v, threshold)
                 else:
                     softmax.clear()
                 with span("store"):
@@ -634,23 +638,20 @@ class HopperPrefill:
         return TileRange(*(cutlass.select_(empty, Int32(work.begin), Int32(bound)) for bound in (begin, end)))
 
     @cute.jit
-    def _walk(self, consumer: Consumer, k: Cursor, v: Cursor):
+    def _walk(self, consumer: Consumer, k: Cursor, v: Cursor, threshold):
         """Every KV tile from the last to the first. Returns the cursors and how many tiles were kept."""
-        operands, shared, _, _, work, visited, softmax = consumer
-        threshold_raw = None
-        if const_expr(self.sparse):
-            log2_lambda = log2_threshold(operands.threshold, work.tile.batch_idx, work.tile.head_idx)
-            threshold_raw = log2_lambda * cute.arch.rcp_approx(operands.scale.scale_log2)
+        _, shared, _, _, work, visited, softmax = consumer
+        threshold_raw = Float32(0.0)
         p_pending, kept = Boolean(True), visited.end - visited.begin
         if const_expr(not self.config.own_ranges):
-            k, v = self._first_step(consumer, Int32(0), k, v, threshold_raw)
+            k, v, threshold_raw = self._first_step(consumer, Int32(0), k, v, threshold)
         else:
             before = work.end - visited.end
             for i in cutlass.range(before, unroll=1):
                 k, v = self._pass_by(consumer, i, k, v, False)
             p_pending = visited.end > visited.begin
             if p_pending:
-                k, v = self._first_step(consumer, before, k, v, threshold_raw)
+                k, v, threshold_raw = self._first_step(consumer, before, k, v, threshold)
             else:
                 softmax.clear()
         for i in cutlass.range(visited.end - 1 - visited.begin, unroll=1):
@@ -681,10 +682,10 @@ class HopperPrefill:
         return shared.k_ring.advanced(k), v
 
     @cute.jit
-    def _first_step(self, consumer: Consumer, nth, k: Cursor, v: Cursor, threshold_raw):
+    def _first_step(self, consumer: Consumer, nth, k: Cursor, v: Cursor, threshold):
         """The warpgroup's first tile, the CTA's nth, is always kept. Nothing overlaps it within the warpgroup; its turn
-        puts the next warpgroup's first product under this one's softmax."""
-        _, shared, thread, fragments, work, visited, softmax = consumer
+        puts the next warpgroup's first product under this one's softmax. Also returns ln(lambda) in raw units."""
+        operands, shared, thread, fragments, work, visited, softmax = consumer
         n_block = visited.end - 1
         acc_S = self._accumulator(fragments)
         shared.k_ring.wait(k)
@@ -695,6 +696,10 @@ class HopperPrefill:
         shared.k_ring.release(k)
         self._score(consumer, acc_S, n_block, may_hide=True)
         scores = wgmma.by_rows(acc_S)
+        threshold_raw = Float32(0.0)
+        if const_expr(self.sparse):
+            log2_lambda = log2_loaded(operands.threshold, threshold)
+            threshold_raw = log2_lambda * cute.arch.rcp_approx(operands.scale.scale_log2)
         in_sequence = [row < work.span_q.length for row in self._rows(consumer)]
         softmax.start(scores, softmax.thread_max(scores), threshold_raw, in_sequence)
         wgmma.round_to(self.dtype, acc_S, fragments.tOrP)
@@ -706,7 +711,7 @@ class HopperPrefill:
                     shared.v_ring.wait(v)
                 shared.v_ring.release(v)
                 v = shared.v_ring.advanced(v)
-        return shared.k_ring.advanced(k), v
+        return shared.k_ring.advanced(k), v, threshold_raw
 
     @cute.jit
     def _step(self, consumer: Consumer, n_block, k: Cursor, v: Cursor, p_pending, threshold_raw):
