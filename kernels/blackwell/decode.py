@@ -232,7 +232,8 @@ class Decode:
       1 part   1130 to 1145; 947 to 1002, the softmax's, of which 512 are exponentials
     Head dim 64 (565 for K and V): 4 parts 565, 2 parts 628, 1 part 947, more than their bytes.
     At nothing skipped a CTA takes up to 750 clocks more than the dense kernel, however many tiles it has, and 3200 at
-    head dim 256, whose ring of K is full of the seeds at first.
+    head dim 256, whose ring of K is full of the seeds at first. With pages it takes 1300 more (head dim 64): the first
+    tile's pages are wanted between the last one's and its neighbour's, and load_k waits for the table three times.
     Warp instructions per tile with 4 parts: at most 170 of a softmax warp (with a threshold 195), 64 of score_mma, 80
     of value_mma, 40 of each load warp (42 of load_k and 56 of load_v with a threshold).
     """
