@@ -351,7 +351,9 @@ def test_no_role_takes_more_instructions_than_flash_attention_4(head_dim, head_d
         assert sum(launch.warps[warp].warp_instructions for warp in role) / tiles <= theirs
 
 
-@pytest.mark.parametrize("options", [dict(window_size=(128, 0)), dict(causal=True, threshold=1e-30)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(window_size=(128, 0), threshold=1e-30), dict(causal=True, threshold=1e-30)], ids=str
+)
 def test_a_warp_computes_only_what_the_mask_leaves_of_a_tile(options):
     """Of four fragments of 32 columns, warp w sees w + 1 on the diagonal and 4 - w of the tile at the window's end."""
     inputs = make_inputs(Case(lengths_q=(256,), lengths_k=(256,), heads_q=1, head_dim=64, head_dim_v=64))

@@ -13,6 +13,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, const_expr
 
+EDGES = ("left", "right")  # of the band; the sequence's end counts as its right one
+
 
 class TileRange(NamedTuple):
     """The KV tiles [begin, end); `end <= begin` means none."""
@@ -29,10 +31,21 @@ def first_early(n_block, whole_end):
 
 
 class KeyRange(NamedTuple):
-    """The keys [begin, end)."""
+    """The keys [begin, end), or columns of a tile; a bound that is None hides nothing."""
 
     begin: Any
     end: Any
+
+    def applied(self, score, column):
+        """The score of a key, or -inf if the key is not in the range."""
+        if const_expr(self.end is not None):
+            score = cutlass.select_(column >= self.end, -Float32.inf, score)
+        if const_expr(self.begin is not None):
+            score = cutlass.select_(column < self.begin, -Float32.inf, score)
+        return score
+
+    def counted_from(self, first_key) -> "KeyRange":
+        return KeyRange(*(None if bound is None else bound - first_key for bound in self))
 
 
 @dataclass(frozen=True)
@@ -86,15 +99,13 @@ class Band:
         begin_tile = (begin + (self.tile_n - 1)) // self.tile_n if const_expr(self.has_left) else 0
         return TileRange(begin_tile, cutlass.max(end, 0) // self.tile_n)
 
-    def sees(self, first_row, rows: int, begin, end):
-        """Whether any of these rows may see one of the keys [begin, end), and whether each of them sees them all."""
-        first, last = self.keys(first_row), self.keys(first_row + (rows - 1))
-        some, every = last.end > begin, first.end >= end
-        if const_expr(self.has_left):
-            some, every = some & (first.begin < end), every & (last.begin <= begin)
-        return some, every
+    def columns(self, q_idx, first_key, edges=EDGES) -> KeyRange:
+        """The keys that row `q_idx` sees, counted from `first_key`; None for a bound that is not among the `edges`."""
+        seen = self.keys(q_idx)
+        begin = seen.begin if const_expr(self.has_left and "left" in edges) else None
+        return KeyRange(begin, seen.end if const_expr("right" in edges) else None).counted_from(first_key)
 
-    def hide(self, scores: cute.Tensor, columns, q_idx, first_column, edges=("left", "right")) -> None:
+    def hide(self, scores: cute.Tensor, columns, q_idx, first_column, edges=EDGES) -> None:
         """Set to -inf, in one row's `scores`, what row `q_idx` does not see.
 
         scores        a register tensor; element i is the score of key first_column + columns[i]
@@ -102,16 +113,6 @@ class Band:
         first_column  key index of the thread's column 0
         edges         those of the band that may lie in this tile
         """
-        seen = self.keys(q_idx)
-        begin, end = seen.begin - first_column, seen.end - first_column
+        seen = self.columns(q_idx, first_column, edges)
         for i, column in enumerate(columns):
-            if const_expr("right" in edges):
-                scores[i] = cutlass.select_(column >= end, -Float32.inf, scores[i])
-            if const_expr(self.has_left and "left" in edges):
-                scores[i] = cutlass.select_(column < begin, -Float32.inf, scores[i])
-
-    def hidden(self, scores: list, q_idx, first_column) -> list:
-        """The same as a new list, of the scores of the keys from `first_column` on."""
-        scores = list(scores)
-        self.hide(scores, range(len(scores)), q_idx, first_column)
-        return scores
+            scores[i] = seen.applied(scores[i], column)

@@ -40,7 +40,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_sparse.device.bundles import TMA_ALIGN_BYTES, PrefillOperands, TokenTensor, log2_threshold, prefill_operands
 from cute_sparse.device.events import span
-from cute_sparse.device.mask import Band, TileRange, first_early
+from cute_sparse.device.mask import EDGES, Band, KeyRange, TileRange, first_early
 from cute_sparse.device.pipes import Cursor, Ring, consumer_cursor, producer_cursor
 from cute_sparse.device.schedule import (
     NO_TILE,
@@ -166,6 +166,37 @@ class Thread(NamedTuple):
     q_idx: Any
     in_sequence: Any
     lane: Any  # tensor-memory address of the warp's first lane, column 0
+
+
+class Seen(NamedTuple):
+    """What a thread's row sees of a KV tile, its warp's first row and its last: columns, or keys."""
+
+    row: KeyRange
+    first: KeyRange
+    last: KeyRange
+    first_key: Any  # of the tile; None if these are columns
+
+    def by_some(self, column: int) -> Boolean:
+        """Whether a row of the warp may see one of the FRAGMENT columns from this one on."""
+        begin = self._place(column)
+        end = begin + FRAGMENT
+        return _both(self.first.begin, lambda bound: bound < end, self.last.end, lambda bound: bound > begin)
+
+    def by_all(self, column: int) -> Boolean:
+        """Whether all of them see all these columns."""
+        begin = self._place(column)
+        end = begin + FRAGMENT
+        return _both(self.last.begin, lambda bound: bound <= begin, self.first.end, lambda bound: bound >= end)
+
+    def hidden(self, scores: list, column: int) -> list:
+        """The scores of the columns from this one on, -inf where the row does not see them."""
+        row = self.row
+        if self.first_key is not None:
+            row, column = row.counted_from(self._place(column)), 0
+        return [row.applied(score, column + i) for i, score in enumerate(scores)]
+
+    def _place(self, column: int):
+        return column if self.first_key is None else self.first_key + column
 
 
 class Step(NamedTuple):
@@ -300,8 +331,6 @@ class Prefill:
         self.steps_early = config.p_early_columns // umma.INSTRUCTION_K
         rows = config.product_rows
         self.s_instruction = umma.instruction_descriptor(self.dtype, rows, config.tile_n, b_major_mn=False)
-        # Of masked tiles only what the mask leaves is computed; a vote and two edges leave no registers for it.
-        self.by_fragments = not (self.sparse and problem.mask == "band")
         # Whether K can be fetched for two KV tiles ahead of V, where the load warp waits for a vote before V.
         self.k_two_ahead = config.hold_v_after > 0 and config.k_stages > 2 * config.k_chunks
         # Of the next tile's K, the chunks that find room before this one's is read go before V, which is needed first.
@@ -944,7 +973,12 @@ class Prefill:
             first_row = self._first_row(op, tile, query_tile)
             visited = tile_range(band, first_row, TILE_M)
             q_idx = first_row + row
-            thread = Thread(query_tile, row, q_idx, q_idx < span_q.length, lane)
+            own_row = row
+            if const_expr(self.problem.mask == "band"):
+                # The compiler would otherwise hold the row and terms of both edges from work tile to work tile.
+                q_idx = umma.opaque(q_idx)
+                own_row = q_idx & (TILE_M - 1)
+            thread = Thread(query_tile, own_row, q_idx, q_idx < span_q.length, lane)
             kept_before = kept[0]
             state = RowSoftmax.create(op.prefill.scale.scale_log2, self._threshold_log2(op, head_idx, tile.batch_idx))
             step = Step(op, pipes, tiles, head_idx, tile.batch_idx, band, thread, state, kept)
@@ -963,38 +997,38 @@ class Prefill:
                 whole_end = cutlass.max(cutlass.min(whole.end, visited.end - 1), visited.begin)
                 whole_begin = cutlass.min(cutlass.max(whole.begin, visited.begin), whole_end)
                 cta_whole_end = self._whole_end(op, band, tile)
-                self._softmax_tile(step, self._in_order(visited.end - 1, cta_whole_end), count, True, True)
+                self._softmax_tile(step, self._in_order(visited.end - 1, cta_whole_end), count, True, EDGES)
                 count += 1
                 if const_expr(band.has_right):
                     for i in cutlass.range(visited.end - 1 - whole_end, unroll=1):
-                        self._softmax_tile(step, visited.end - 2 - i, count, False, True)
+                        self._softmax_tile(step, visited.end - 2 - i, count, False, EDGES)
                         count += 1
                 for i in cutlass.range(whole_end - whole_begin, unroll=1):
                     n_block = self._in_order(whole_end - 1 - i, cta_whole_end)
-                    self._softmax_tile(step, n_block, count, False, False)
+                    self._softmax_tile(step, n_block, count, False, ())
                     count += 1
                 if const_expr(band.has_left):
                     for i in cutlass.range(whole_begin - visited.begin, unroll=1):
-                        self._softmax_tile(step, whole_begin - 1 - i, count, False, True)
+                        self._softmax_tile(step, whole_begin - 1 - i, count, False, ("left",))
                         count += 1
                 factor, lse = state.finish(None if const_expr(op.prefill.sink is None) else op.prefill.sink[head_idx])
             if products:
                 if const_expr(self.persistent):
                     cute.arch.mbarrier_wait(pipes.factor_free + query_tile, free_parity)
                     free_parity = free_parity ^ 1
-                tiles.sFactor[row, query_tile] = factor
+                tiles.sFactor[thread.row, query_tile] = factor
                 cute.arch.mbarrier_arrive(pipes.row_done + query_tile)
             if const_expr(self.problem.return_lse):
                 if thread.in_sequence:
                     self._store_lse(op, head_idx, tile.batch_idx, span_q.first + q_idx, lse)
             if const_expr(self.problem.return_stats):
-                if row == 0:
+                if thread.row == 0:
                     self._count_tiles(step, kept[0] - kept_before, visited.end - visited.begin)
             tile, claim = schedule.next(tile, claim)
 
     @cute.jit
     def _softmax_tile(
-        self, step, n_block: Int32, count: Int32, first: cutlass.Constexpr[bool], masked: cutlass.Constexpr[bool]
+        self, step, n_block: Int32, count: Int32, first: cutlass.Constexpr[bool], edges: cutlass.Constexpr[tuple]
     ):
         """One KV tile: the `count`-th of this warpgroup."""
         config = self.config
@@ -1005,22 +1039,22 @@ class Prefill:
             scores = tmem.load_row(address, config.tile_n, FRAGMENT)
             if const_expr(self.problem.softcap):
                 scores = [cute.math.tanh(s * step.op.prefill.scale.tanh_scale, fastmath=True) for s in scores]
-            if const_expr(masked and self.by_fragments):
-                scores, tile_max = self._masked(step, scores, n_block)
+            seen = None
+            if const_expr(len(edges) > 0):
+                seen = self._seen(step, n_block, edges)
+                scores, tile_max = self._masked(scores, seen)
             else:
-                if const_expr(masked):
-                    step.band.hide(scores, range(config.tile_n), thread.q_idx, n_block * config.tile_n)
                 tile_max = tile_maximum(scores)
             if const_expr(first):
                 state.start(tile_max, thread.in_sequence)
                 if const_expr(self.sparse):
                     self._say(step, count, Boolean(True))
-                self._keep(step, n_block, buffer, address, scores, None, masked)
+                self._keep(step, n_block, buffer, address, scores, None, seen)
             elif const_expr(not self.sparse):
-                self._keep(step, n_block, buffer, address, scores, tile_max, masked)
+                self._keep(step, n_block, buffer, address, scores, tile_max, seen)
             else:
                 if self._vote(step, count, state.wants(tile_max)):
-                    self._keep(step, n_block, buffer, address, scores, tile_max, masked)
+                    self._keep(step, n_block, buffer, address, scores, tile_max, seen)
                 else:
                     self._record(step, n_block, SKIPPED)
 
@@ -1044,8 +1078,21 @@ class Prefill:
             votes[slot * WARPS_PER_GROUP + step.thread.row // THREADS_PER_WARP] = Uint8(wanted)
             cute.arch.mbarrier_arrive(step.pipes.decided + slot)
 
+    def _seen(self, step, n_block: Int32, edges: tuple) -> Seen:
+        """What this thread's row and its warp's see of a KV tile with these `edges` of the band.
+
+        In columns, which takes the fewest instructions; but under a full mask, where all last tiles end alike, ptxas
+        would then compare all columns with that end ahead of all work tiles, and spill the results.
+        """
+        first_key = n_block * self.config.tile_n
+        warp_row = cute.arch.make_warp_uniform(step.thread.q_idx)
+        rows = step.thread.q_idx, warp_row, warp_row + (THREADS_PER_WARP - 1)
+        if self.problem.mask == "full":
+            return Seen(*(step.band.columns(row, 0, edges) for row in rows), first_key)
+        return Seen(*(step.band.columns(row, first_key, edges) for row in rows), None)
+
     @cute.jit
-    def _masked(self, step, scores: list, n_block: Int32):
+    def _masked(self, scores: list, seen):
         """A row's scores with -inf for hidden keys, but for fragments of which this warp's rows see nothing, and the
         row's maximum. The mask's edge crosses few fragments: of 128 keys at the diagonal a warp sees a quarter to all,
         and compares one fragment's keys with its rows' ends. Which fragments it sees is found anew for the
@@ -1054,19 +1101,12 @@ class Prefill:
         fragments = []
         for first_column in cutlass.range_constexpr(0, self.config.tile_n, FRAGMENT):
             fragment = scores[first_column : first_column + FRAGMENT]
-            first_key = n_block * self.config.tile_n + first_column
-            some, every = self._sees(step, first_key)
-            if some:
-                if not every:
-                    fragment = step.band.hidden(fragment, step.thread.q_idx, first_key)
+            if seen.by_some(first_column):
+                if not seen.by_all(first_column):
+                    fragment = seen.hidden(fragment, first_column)
                 tile_max = maximum(tile_max, tile_maximum(fragment))
             fragments += fragment
         return fragments, tile_max
-
-    def _sees(self, step, first_key):
-        """Whether the warp's rows see any, and all, keys of the fragment that begins with `first_key`."""
-        warp_row = cute.arch.make_warp_uniform(step.thread.q_idx)
-        return step.band.sees(warp_row, THREADS_PER_WARP, first_key, first_key + FRAGMENT)
 
     @cute.jit
     def _await_scores(self, step, count: Int32):
@@ -1102,32 +1142,32 @@ class Prefill:
         address: Int32,
         scores,
         tile_max,
-        masked: cutlass.Constexpr[bool],
+        seen,
     ):
         """P, O's rescaling if need be, and the row sum, of a kept tile; tile_max is None for a row's first."""
         config, pipes, state = self.config, step.pipes, step.state
-        first = tile_max is None
+        first, masked = tile_max is None, seen is not None
         if const_expr(not first):
             self._rescale(step, tile_max)
         p_address = address + (config.tmem.probabilities[0] - config.tmem.scores[0])
-        sums = [] if not (masked and self.by_fragments) else [(Float32(0.0), Float32(0.0))] * SUM_CHAINS
+        sums = [(Float32(0.0), Float32(0.0))] * SUM_CHAINS if masked else []
         for first_column in cutlass.range_constexpr(0, config.tile_n, FRAGMENT):
             last = first_column + FRAGMENT == config.tile_n
             # The end of P is waited for: it is made the fastest way. Masked tiles are few, and short of registers.
             emulated = 0 if last or masked else config.exp2_emulated
             fragment = scores[first_column : first_column + FRAGMENT]
-            if const_expr(not (masked and self.by_fragments)):
+            if const_expr(not masked):
                 p = exponentials(state.exponents(fragment), emulated)
                 tmem.store(p_address + first_column // 2, pack(p, self.dtype))
                 # The sums run beside the exponential unit, which takes eight clocks for a warp's instruction.
                 sums = accumulated(sums, p)
             else:
-                words = [Int32(0)] * (FRAGMENT // 2)
-                some, _ = self._sees(step, n_block * config.tile_n + first_column)
-                if some:
+                if seen.by_some(first_column):
                     p = exponentials(state.exponents(fragment), emulated)
-                    words, sums = pack(p, self.dtype), accumulated(list(sums), p)
-                tmem.store(p_address + first_column // 2, words)
+                    tmem.store(p_address + first_column // 2, pack(p, self.dtype))
+                    sums = accumulated(list(sums), p)
+                else:
+                    tmem.store(p_address + first_column // 2, [Int32(0)] * (FRAGMENT // 2))
             if const_expr(first_column + FRAGMENT == config.p_early_columns):
                 self._record(step, n_block, KEPT)  # beside the exponentials, which it would hold up before
                 tmem.wait_stores()
@@ -1444,6 +1484,13 @@ def union(ranges: list) -> TileRange:
     begin = cutlass.min(a.begin, b.begin)
     begin = cutlass.select_(a.end == 0, b.begin, cutlass.select_(b.end == 0, a.begin, begin))
     return TileRange(begin, cutlass.max(a.end, b.end))
+
+
+def _both(begin, of_begin, end, of_end) -> Boolean:
+    """What holds of both ends of a range, of those that there are."""
+    conditions = [of_begin(begin)] if begin is not None else []
+    conditions += [of_end(end)] if end is not None else []
+    return conditions[0] if len(conditions) == 1 else conditions[0] & conditions[1]
 
 
 def is_within(n_block, begin, size):
