@@ -24,7 +24,8 @@ from cute_sparse import splits
 from cute_sparse.problem import TileGeometry
 
 NOT_VISITED, KEPT, SKIPPED = 0, 1, 2
-DEFAULT_GEOMETRY = TileGeometry(tile_m=128, tile_rows=64, tile_n=128, order="first_early")  # Hopper's for head dim 128
+# Hopper's for head dim 128 and a threshold, without a window.
+DEFAULT_GEOMETRY = TileGeometry(tile_m=64, tile_rows=64, tile_n=80, order="first_early", cta_m=192)
 
 
 class Oracle(NamedTuple):

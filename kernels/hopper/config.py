@@ -42,12 +42,17 @@ TYPICAL_KEYS = {"full": 8192, "causal": 4096, "band": 512}  # that a query sees;
 
 L2_BYTES = 32 << 20  # of 50 (H100) or 60 MB (H200), what the K and V of a group of heads may take
 DYNAMIC_CTAS = 132  # SMs of an H100 SXM or H200; with fewer SMs the later CTAs find the work done
-HOLD_V_AFTER = 2  # a guess: a wrong one costs a kept tile its V's latency, a right one saves V's bytes
+L2_BYTES_PER_CYCLE = 38.8  # that one SM gets when all ask (emulator/chips.py says whence)
+# By consumer warpgroups: a wrong guess costs a kept tile V's latency, a right one saves V's bytes, which L2 cannot feed
+# to 128 rows as fast as they are skipped, but to 192 nearly.
+HOLD_V_AFTER = {2: 2, 3: 8}
+HOLD_V_K_STAGES = (4, 3)  # how many K slots a V that waits for votes may have, best first
 # The votes for narrower tiles of V cost more than its bytes: at 64, modelled (profiling.model), 5% of the time where
 # nothing is skipped, 4% where most is.
 HOLD_V_MIN_HEAD_DIM = 96
 
 MIN_TILE_N = {2: 64, 3: 96}  # by consumer warpgroups
+SPARSE_MIN_TILE_N = {2: 64, 3: 80}  # where V of skipped tiles is loaded, what 192 rows spare of L2 is worth it
 BAND_MIN_TILE_N = 64
 TILE_N_MAX = 176
 BOUNDED_TILE_N_MAX = 128  # of a wider tile, a mask hides more, and a threshold skips it less often
@@ -134,13 +139,16 @@ def candidates(problem: Problem) -> list[Config]:
     first_early = problem.sparsity is not None and problem.mask != "band"
     found = []
     for warpgroups in REGISTERS:
-        narrowest = BAND_MIN_TILE_N if problem.mask == "band" else MIN_TILE_N[warpgroups]
+        narrowest = (SPARSE_MIN_TILE_N if problem.sparsity else MIN_TILE_N)[warpgroups]
+        if problem.mask == "band":
+            narrowest = BAND_MIN_TILE_N
         for tile_n in range(widest, narrowest - 1, -16):
             tiles = Config(warpgroups, tile_n, first_early=first_early)
             tiles = replace(tiles, own_ranges=_ranges_differ(problem, tiles))
             rooms = [replace(tiles, out_aliases_q=shares) for shares in (False, True)]
             if problem.sparsity and padded(problem.head_dim_v) >= HOLD_V_MIN_HEAD_DIM:
-                rooms = [replace(room, k_stages=3, hold_v_after=HOLD_V_AFTER) for room in rooms] + rooms
+                holding = dict(hold_v_after=HOLD_V_AFTER[warpgroups])
+                rooms = [replace(room, k_stages=k, **holding) for room in rooms for k in HOLD_V_K_STAGES] + rooms
             fitting = [room for room in rooms if fits(problem, room)]
             found += fitting[:1]
     return found
@@ -164,18 +172,31 @@ def cost(problem: Problem, config: Config) -> float:
     """Estimated SM cycles per visible score of a typical sequence; lower is better.
 
     A KV tile takes as long as the busiest of the MMA, the exponential units and the issue slots, and a fixed
-    step; each edge of a mask adds the part of its tiles that nobody sees, half the rows and what the edge lies
-    away from a tile's end (where lengths and window are multiples of 64); a work tile may wait for its Q.
+    step; a skipped one, which half of them are taken to be where there is a threshold and no window, as long as Q K^T
+    or its loads from L2, of which V's fall away half of the time where it may be held back; each edge of a mask adds
+    the part of its tiles that nobody sees, half the rows and what the edge lies away from a tile's end (where lengths
+    and window are multiples of 64); a work tile may wait for its Q.
     """
     scores = config.tile_m * config.tile_n
     mma = 2 * scores * (padded(problem.head_dim) + padded(problem.head_dim_v)) / MMA_FLOP_PER_CYCLE
     issue = scores / 32 * ISSUES_PER_SCORE / ISSUE_PER_CYCLE
     cycles = max(mma, scores / EXP_PER_CYCLE, issue) + STEP_CYCLES
+    if problem.sparsity and problem.mask != "band":
+        cycles = (cycles + _skipped_cycles(problem, config)) / 2
     rows = WARPGROUP_ROWS if config.own_ranges else config.tile_m
     wasted_keys = EDGES[problem.mask] * (rows + config.tile_n - math.gcd(WARPGROUP_ROWS, config.tile_n)) / 2
     visible_keys = TYPICAL_KEYS[problem.mask]
     waiting = SHARED_Q_CYCLES if config.out_aliases_q else 0
     return cycles / scores * (visible_keys + wasted_keys) / visible_keys + waiting / (config.tile_m * visible_keys)
+
+
+def _skipped_cycles(problem: Problem, config: Config) -> float:
+    """Of a KV tile that every warpgroup skips."""
+    head_dim, head_dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
+    product = 2 * config.tile_m * config.tile_n * head_dim / MMA_FLOP_PER_CYCLE
+    column_cycles = config.tile_n * ELEMENT_BYTES / L2_BYTES_PER_CYCLE
+    with_v = max(product, column_cycles * (head_dim + head_dim_v))
+    return (with_v + max(product, column_cycles * head_dim)) / 2 if config.hold_v_after else with_v
 
 
 def choose(problem: Problem) -> Config:
