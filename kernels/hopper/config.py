@@ -24,11 +24,12 @@ SHARED_ALIGN_BYTES = 1024  # of a 128-byte swizzle atom of 8 rows
 HEAD_DIM_STEP = 32  # head dims are padded to it: 64 bytes, a swizzle that wgmma reads without bank conflicts
 ELEMENT_BYTES = 2
 
-# Registers per thread that setmaxnreg gives to a consumer and to the producer, by consumer warpgroups. At 24, the
-# producer would spill (ptxas 13.0).
-REGISTERS = {2: (232, 40), 3: (160, 32)}
+# Registers per thread that setmaxnreg gives to a consumer and to the producer, by consumer warpgroups. With 160 and 32,
+# the producer of packed sequences spills (ptxas 13.0); with these, one kernel that was tried does, its consumers 24
+# bytes: d96, full mask, a threshold together with softcap, sinks, LSE and counts.
+REGISTERS = {2: (232, 40), 3: (152, 56)}
 # Registers beside the accumulators: descriptors, softmax state, loop state (as ptxas 13.0 needs them).
-OTHER_REGISTERS = 32
+OTHER_REGISTERS = 28
 BAND_REGISTERS = 12  # for both bounds of a band
 
 MMA_FLOP_PER_CYCLE = 4096
