@@ -24,12 +24,14 @@ SHARED_ALIGN_BYTES = 1024  # of a 128-byte swizzle atom of 8 rows
 HEAD_DIM_STEP = 32  # head dims are padded to it: 64 bytes, a swizzle that wgmma reads without bank conflicts
 ELEMENT_BYTES = 2
 
-# Registers per thread that setmaxnreg gives to a consumer and to the producer, by consumer warpgroups. With 160 and 32,
-# the producer of packed sequences spills (ptxas 13.0); with these, one kernel that was tried does, its consumers 24
-# bytes: d96, full mask, a threshold together with softcap, sinks, LSE and counts.
-REGISTERS = {2: (232, 40), 3: (152, 56)}
-# Registers beside the accumulators: descriptors, softmax state, loop state (as ptxas 13.0 needs them).
-OTHER_REGISTERS = 28
+SLICE_REGISTERS = REGISTER_FILE // WARPGROUP_THREADS  # one thread of every warpgroup: what setmaxnreg deals out
+REGISTERS_STEP = 8
+# Registers of a producer thread by consumer warpgroups. With 24, it would spill (ptxas 13.0), with 32 and packed
+# sequences it may; three warpgroups leave it more where their accumulators let them. Of the kernels tried, two spill,
+# both with a threshold, a full mask, softcap, sinks, LSE and counts: d64 packed 16 bytes, its producer's, d96 24 bytes.
+PRODUCER_REGISTERS = {2: (40,), 3: (56, 32)}
+# Registers beside the accumulators, by the producer's: descriptors, softmax and loop state (as ptxas 13.0 needs them).
+OTHER_REGISTERS = {40: 32, 56: 28, 32: 32}
 BAND_REGISTERS = 12  # for both bounds of a band
 
 MMA_FLOP_PER_CYCLE = 4096
@@ -73,6 +75,7 @@ class Config:
                 (see `prefill.HopperPrefill`)
     own_ranges  each warpgroup visits the KV tiles that its own rows see, not all that the CTA's do
     first_early  the first KV tile is visited before all others that the CTA's rows see whole (`mask.first_early`)
+    producer_registers  of each thread after setmaxnreg; the consumers share the rest
     """
 
     warpgroups: int
@@ -85,6 +88,7 @@ class Config:
     hold_v_after: int = 0
     own_ranges: bool = False
     first_early: bool = False
+    producer_registers: int = 40
 
     def __post_init__(self) -> None:
         if self.hold_v_after and (self.k_stages < 3 or self.v_stages != 2):
@@ -107,11 +111,12 @@ class Config:
 
     @property
     def consumer_registers(self) -> int:
-        return REGISTERS[self.warpgroups][0]
+        return consumer_registers(self.warpgroups, self.producer_registers)
 
-    @property
-    def producer_registers(self) -> int:
-        return REGISTERS[self.warpgroups][1]
+
+def consumer_registers(warpgroups: int, producer_registers: int) -> int:
+    """Of each thread of so many warpgroups, beside a producer warpgroup."""
+    return (SLICE_REGISTERS - producer_registers) // warpgroups // REGISTERS_STEP * REGISTERS_STEP
 
 
 def padded(head_dim: int) -> int:
@@ -139,7 +144,7 @@ def candidates(problem: Problem) -> list[Config]:
         widest = WIDE_HEAD_TILE_N_MAX
     first_early = problem.sparsity is not None and problem.mask != "band"
     found = []
-    for warpgroups in REGISTERS:
+    for warpgroups in PRODUCER_REGISTERS:
         narrowest = (SPARSE_MIN_TILE_N if problem.sparsity else MIN_TILE_N)[warpgroups]
         if problem.mask == "band":
             narrowest = BAND_MIN_TILE_N
@@ -150,6 +155,11 @@ def candidates(problem: Problem) -> list[Config]:
             if problem.sparsity and padded(problem.head_dim_v) >= HOLD_V_MIN_HEAD_DIM:
                 holding = dict(hold_v_after=HOLD_V_AFTER[warpgroups])
                 rooms = [replace(room, k_stages=k, **holding) for room in rooms for k in HOLD_V_K_STAGES] + rooms
+            rooms = [
+                replace(room, producer_registers=registers)
+                for registers in PRODUCER_REGISTERS[warpgroups]
+                for room in rooms
+            ]
             fitting = [room for room in rooms if fits(problem, room)]
             found += fitting[:1]
     return found
@@ -163,7 +173,7 @@ def _ranges_differ(problem: Problem, config: Config) -> bool:
 
 def fits(problem: Problem, config: Config) -> bool:
     """Whether an SM has the shared memory, and a consumer thread the registers."""
-    registers = accumulator_registers(problem, config) + OTHER_REGISTERS
+    registers = accumulator_registers(problem, config) + OTHER_REGISTERS[config.producer_registers]
     if problem.mask == "band":
         registers += BAND_REGISTERS
     return registers <= config.consumer_registers and shared_bytes(problem, config) <= SHARED_BYTES

@@ -13,10 +13,11 @@ from cute_sparse.kernels.hopper.config import (
     ARCH,
     ELEMENT_BYTES,
     MMA_FLOP_PER_CYCLE,
-    REGISTERS,
+    PRODUCER_REGISTERS,
     SHARED_BYTES,
     WARPGROUP_ROWS,
     WARPGROUP_THREADS,
+    consumer_registers,
     padded,
 )
 
@@ -78,11 +79,11 @@ class Config:
 
     @property
     def worker_registers(self) -> int:
-        return REGISTERS[2][0]
+        return consumer_registers(2, self.loader_registers)
 
     @property
     def loader_registers(self) -> int:
-        return REGISTERS[2][1]
+        return PRODUCER_REGISTERS[2][0]
 
 
 def k_bytes(problem: Problem, tile_n: int) -> int:
