@@ -48,7 +48,7 @@ class Row:
     skipped: float  # share of the visited tiles
     error: float  # relative L2 against dense, or 1 - cosine against the stock model
     milliseconds: float | None = None
-    mma: int | None = None
+    macs: int | None = None  # multiply-accumulates of the tensor cores
     exponentials: int | None = None
     loaded_bytes: int | None = None
     v_bytes_not_read: int | None = None
@@ -63,7 +63,7 @@ def print_rows(title: str, rows: list[Row], error: str) -> None:
     """The first row is what speed-ups are relative to."""
     print(f"\n{title}")
     timed = rows[0].milliseconds is not None
-    work = ("ms", "speed-up") if timed else ("MMA", "exponentials", "TMA MB", "instructions", "of dense")
+    work = ("ms", "speed-up") if timed else ("MMA GMAC", "exponentials", "TMA MB", "instructions", "of dense")
     knows_v = rows[0].v_bytes_not_read is not None
     work += ("V not read MB",) if knows_v else ()
     print(f"  {'':18}{'skipped':>9}{error:>14}" + "".join(f"{name:>14}" for name in work))
@@ -72,7 +72,7 @@ def print_rows(title: str, rows: list[Row], error: str) -> None:
             cells = [f"{row.milliseconds:.3f}", f"{rows[0].milliseconds / row.milliseconds:.2f}x"]
         else:
             share = row.instructions / rows[0].instructions
-            cells = [f"{row.mma:,}", f"{row.exponentials:,}", f"{row.loaded_bytes / 1e6:.2f}",
+            cells = [f"{row.macs / 1e9:.3f}", f"{row.exponentials:,}", f"{row.loaded_bytes / 1e6:.2f}",
                      f"{row.instructions:,}", f"{share:.2f}"]  # fmt: skip
         cells += [f"{row.v_bytes_not_read / 1e6:.2f}"] if knows_v else []
         print(f"  {row.label:18}{row.skipped:>9.1%}{row.error:>14.2e}" + "".join(f"{cell:>14}" for cell in cells))
@@ -150,7 +150,7 @@ def measure_in_emulator(device) -> Callable[[Callable[[], object]], dict]:
 def work_of(launches: list) -> dict:
     counts = [launch.counts for launch in launches]
     return {
-        "mma": sum(sum(c.mma_instructions.values()) for c in counts),
+        "macs": sum(sum(c.macs.values()) for c in counts),
         "exponentials": sum(c.exponentials for c in counts),
         "loaded_bytes": sum(c.tma_bytes_loaded for c in counts),
         "instructions": sum(c.warp_instructions for c in counts),
