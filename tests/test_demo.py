@@ -51,7 +51,7 @@ def test_larger_thresholds_skip_more_and_cost_a_little():
 def test_a_table_of_counts_and_one_of_times(capsys):
     counted = [
         demo.Row("dense", 0.0, 0.0, macs=10**8, exponentials=2000, loaded_bytes=3_000_000, instructions=4000),
-        demo.Row("threshold 0.1", 0.5, 1e-3, macs=6 * 10**7, exponentials=1000, loaded_bytes=2_000_000, instructions=3000),
+        demo.Row("skipping", 0.5, 1e-3, macs=6 * 10**7, exponentials=1000, loaded_bytes=2_000_000, instructions=3000),
     ]
     demo.print_rows("counted", counted, "error")
     assert "50.0%      1.00e-03         0.060         1,000          2.00         3,000          0.75" in (
