@@ -295,7 +295,7 @@ class Bench:
         if "flex" not in self.peers:
             return [mine]
         try:
-            blocks = in_flex_blocks(mine.kept)
+            blocks = in_flex_blocks(mine.kept, shape.seqlen)
         except Missing as reason:
             self.missing.append(f"{name}, {mine.mode}: flex: {reason}")
             return [mine]

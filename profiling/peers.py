@@ -96,6 +96,7 @@ def _flash_attention_4(
 
 
 FLEX_BLOCK = 128
+PART_ROWS, PART_KEYS = 64, 16  # what our tiles and those blocks are made of
 
 
 def _flex(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: KeptTiles | None) -> Call:
@@ -162,17 +163,20 @@ def block_list(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(-1).to(torch.int32), indices.to(torch.int32)
 
 
-def in_flex_blocks(kept: KeptTiles) -> KeptTiles:
-    """The same tiles in FlexAttention's blocks: a block is kept where any group of its rows keeps it."""
-    whole_blocks = kept.keep.shape[2] * kept.rows % FLEX_BLOCK == 0
-    if FLEX_BLOCK % kept.rows or kept.keys % FLEX_BLOCK or not whole_blocks:
+def in_flex_blocks(kept: KeptTiles, seqlen: int) -> KeptTiles:
+    """The kept tiles in FlexAttention's blocks: those of which at least half is kept, so that about as much is
+    computed, and in each row of blocks the one of which most is."""
+    if seqlen % FLEX_BLOCK or kept.rows % PART_ROWS or kept.keys % PART_KEYS:
         raise Missing(
-            f"{kept.keep.shape[2]} tiles of {kept.rows} rows and {kept.keys} keys do not add up to "
-            f"FlexAttention's blocks of {FLEX_BLOCK}"
+            f"tiles of {kept.rows} rows and {kept.keys} keys of {seqlen} tokens do not become FlexAttention's blocks "
+            f"of {FLEX_BLOCK}"
         )
-    per_block = FLEX_BLOCK // kept.rows
-    keep = kept.keep.unflatten(2, (-1, per_block)).any(dim=3)
-    return KeptTiles(keep.repeat_interleave(kept.keys // FLEX_BLOCK, dim=3), FLEX_BLOCK, FLEX_BLOCK)
+    parts = kept.keep.repeat_interleave(kept.keys // PART_KEYS, dim=3)[..., : seqlen // PART_KEYS]
+    parts = parts.unflatten(3, (-1, FLEX_BLOCK // PART_KEYS)).sum(4)
+    parts = parts.repeat_interleave(kept.rows // PART_ROWS, dim=2)[:, :, : seqlen // PART_ROWS]
+    parts = parts.unflatten(2, (-1, FLEX_BLOCK // PART_ROWS)).sum(3)
+    half = FLEX_BLOCK // PART_ROWS * (FLEX_BLOCK // PART_KEYS) // 2
+    return KeptTiles((parts >= half) | (parts == parts.amax(3, keepdim=True)), FLEX_BLOCK, FLEX_BLOCK)
 
 
 PEERS: dict[str, Callable[[Shape, torch.Tensor, torch.Tensor, torch.Tensor, KeptTiles | None], Call]] = {

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import cute_sparse
-from cute_sparse.problem import TileGeometry
 from profiling import bench, decode, peers, rows, timing
 from profiling.peers import KeptTiles, Missing, Shape
 
@@ -480,13 +479,19 @@ def test_block_lists_name_the_blocks():
     assert counts.tolist() == [[[2, 0]]] and indices[0, 0, 0, :2].tolist() == [0, 2] and indices.dtype == torch.int32
 
 
-def test_tiles_become_flex_attentions_blocks_where_they_add_up():
-    keep = torch.tensor([[1, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.bool)[None, None]
-    assert peers.in_flex_blocks(KeptTiles(keep, 64, 128)).keep.tolist() == [[[[True, False], [False, False]]]]
-    assert peers.in_flex_blocks(KeptTiles(keep, 64, 256)).keep[0, 0, 0].tolist() == [True, True, False, False]
-    for rows_, keys in ((64, 176), (96, 128), (192, 128)):
-        with pytest.raises(Missing, match=f"{rows_} rows and {keys} keys"):
-            peers.in_flex_blocks(KeptTiles(keep, rows_, keys))
+def test_tiles_become_flex_attentions_blocks_of_which_half_is_kept():
+    def blocks(keep, rows, keys):
+        keep = torch.tensor(keep, dtype=torch.bool)[None, None]
+        return peers.in_flex_blocks(KeptTiles(keep, rows, keys), 256).keep[0, 0].tolist()
+
+    assert blocks([[1, 0], [0, 0], [0, 0], [1, 1]], 64, 128) == [[True, False], [True, True]]
+    assert blocks([[0, 1], [0, 1]], 128, 128) == [[False, True], [False, True]]
+    assert blocks([[1, 0, 0, 1]] * 4, 64, 80) == [[True, False]] * 2  # 80 of the first block's keys, 16 of the second's
+    assert blocks([[0, 0, 1, 0]] * 4, 64, 80) == [[False, True]] * 2
+    assert blocks([[0, 1, 0, 0]] + [[0] * 4] * 3, 64, 80)[0] == [True, False]  # less than half, but the most
+    for rows_, keys, seqlen in ((96, 128, 256), (64, 72, 256), (64, 128, 200)):
+        with pytest.raises(Missing, match=f"{rows_} rows and {keys} keys of {seqlen} tokens"):
+            peers.in_flex_blocks(KeptTiles(torch.ones(1, 1, 4, 2, dtype=torch.bool), rows_, keys), seqlen)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash"])
@@ -611,10 +616,3 @@ def test_the_commit_is_told_or_found_or_a_digest_of_the_sources(monkeypatch):
     monkeypatch.delenv(bench.COMMIT_VARIABLE)
     monkeypatch.setenv("PATH", "/nonexistent")
     assert bench.find_commit() == f"sources-{bench.source_digest()[:12]}"
-
-
-def test_tiles_of_the_default_geometry_fit_flex_attentions_blocks():
-    """So that the comparison on a block mask exists at all for head dim 128."""
-    geometry = TileGeometry(tile_m=128, tile_rows=64, tile_n=128)
-    keep = torch.ones(1, 1, 8, 4, dtype=torch.bool)
-    assert peers.in_flex_blocks(KeptTiles(keep, geometry.tile_rows, geometry.tile_n)).keep.shape == (1, 1, 4, 4)
