@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cute_sparse.kernels.blackwell.tmem import TmemPlan
+from cute_sparse.kernels.blackwell import tmem
 
 from cute_sparse.device.choice import cheapest
 from cute_sparse.problem import Problem, TileGeometry
@@ -38,6 +38,7 @@ class Config:
     ctas             CTAs that stay and take work tile after work tile; 0 gives every CTA one work tile
     cta_pair         two CTAs share every product: 256 rows, 128 of each CTA; each holds half of K's rows and half of
                      V's columns. A work tile is then a pair's: two query heads of one KV head, or twice the rows
+    p_apart          P lies beside S in tensor memory, not in it, so that S of the next KV tile need not wait for P V
     hold_v_after     after so many KV tiles in a row that nobody keeps, V waits for the votes; 0: V is always fetched
     first_early      the first KV tile is visited right after those at the mask's edge (`TileGeometry`)
     """
@@ -57,6 +58,7 @@ class Config:
     registers_other: int
     ctas: int = SMS
     cta_pair: bool = False
+    p_apart: bool = False
     hold_v_after: int = 0
     first_early: bool = False
 
@@ -65,7 +67,7 @@ class Config:
         assert self.registers_total <= SM_REGISTERS, f"{self.registers_total} registers planned of {SM_REGISTERS}"
         assert self.shared_bytes <= SM_SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory planned"
         assert self.k_stages >= self.k_chunks and self.v_stages >= self.v_chunks, "a KV tile must fit its ring"
-        assert self.p_early_columns % 32 == 0 and 0 < self.p_early_columns < self.tile_n
+        assert self.p_early_columns % 32 == 0 and 0 < self.p_early_columns <= self.tile_n
         self.tmem  # asserts that it fits  # noqa: B018
 
     @property
@@ -83,8 +85,8 @@ class Config:
         return 2
 
     @property
-    def tmem(self) -> TmemPlan:
-        return TmemPlan.make(self.tile_n, self.head_dim_v, self.score_buffers, self.query_tiles)
+    def tmem(self) -> "tmem.TmemPlan":
+        return tmem.TmemPlan.make(self.tile_n, self.head_dim_v, self.score_buffers, self.query_tiles, self.p_apart)
 
     @property
     def k_chunk(self) -> int:
@@ -206,21 +208,26 @@ def _first_early(problem: Problem) -> bool:
 def _pairs(problem: Problem) -> tuple[bool, ...]:
     """Whether two CTAs may share their products (`Prefill` says why not a sparse problem's, nor a packed batch's).
 
-    Below 128 columns of O the exponentials take longer than the products. In the timing model a pair then gains 2 %
-    at 64 columns with a full mask, and loses as much with a causal one. (Half of 80, 96 or 112 columns would need
-    padding or narrow swizzles.)
+    Below 128 columns of O the exponentials take longer than the products: modelled, a pair gains nothing at 64.
     """
-    columns = round_up(problem.head_dim_v, 16)
-    pays = columns >= 128 or (columns == 64 and problem.mask == "full")
+    pays = round_up(problem.head_dim_v, 16) >= 128
     return (False, True) if pays and problem.mask != "band" and not (problem.sparsity or problem.varlen) else (False,)
 
 
 def _emulated_share(problem: Problem) -> int:
     """Pairs of 16, by the timing model: clocks for 128 keys of two query tiles at d128, full: 2240 with 4, 2107 with 6,
-    2122 with 8; at d96, causal: 2322 and 2269 with 4 and 6. At d64 the instructions themselves cost more than they
-    free: 2093 and 2159. With one query tile the products take longest whatever the share, and 6 would spill."""
+    2122 with 8; at d96, causal: 2322 and 2269 with 4 and 6; at d64 and 64K keys, for 128 rows of a work tile, causal:
+    503991 with 7, 446051 with 8, 472647 with 9, 475033 with 10, full: 485399, 495862 and 466907 with 7, 8, 9. With one
+    query tile the products take longest whatever the share, and 6 would spill."""
+    if _p_apart(128, round_up(problem.head_dim_v, 16)):
+        return 8
     two_query_tiles = problem.head_dim_v <= 128
     return 6 if two_query_tiles and problem.head_dim + problem.head_dim_v > 160 else 4
+
+
+def _p_apart(tile_n: int, head_dim_v: int) -> bool:
+    """Whether two query tiles' S, P and O fit beside one another."""
+    return 2 * (tile_n + tile_n // 2 + head_dim_v) <= tmem.COLUMNS
 
 
 def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bool) -> Config | None:
@@ -246,9 +253,10 @@ def _two_query_tiles(problem: Problem, tile_n: int, exp2_emulated: int, pair: bo
         v_chunks=v_chunks,
         k_stages=stages[0],
         v_stages=stages[1],
-        p_early_columns=tile_n - 32,
+        p_early_columns=tile_n if _p_apart(tile_n, head_dim_v) else tile_n - 32,
         exp2_emulated=exp2_emulated,
         cta_pair=pair,
+        p_apart=_p_apart(tile_n, head_dim_v),
         hold_v_after=HOLD_V_AFTER[2] if problem.sparsity else 0,
         first_early=_first_early(problem),
         ctas=SMS if may_stay(problem) else 0,

@@ -85,6 +85,7 @@ class Pipes(NamedTuple):
     q_full: Any
     q_empty: Any
     s_full: Any
+    s_read: Any
     p_ready: Any
     p_rest: Any
     o_step: Any
@@ -251,13 +252,15 @@ class Prefill:
     Pipelines (producer -> consumer: slots; what completes it: arrivals)
       k, v      load -> mma: ring; full: 1 + TMA bytes; empty: 1 commit of the last product that reads the slot
       q         load -> mma: query tiles; full: 1 + TMA bytes; empty: 1 commit of the last Q K^T
-      s_full    mma -> softmax: score buffers; 1 commit of Q K^T. It implies that every product issued before is
-                complete, so that with two query tiles O may be rescaled
+      s_full    mma -> softmax: score buffers; 1 commit of Q K^T. With two query tiles and P inside S it implies that
+                every product issued before is complete, so that O may be rescaled
+      s_read    softmax -> mma, with P apart from S, in dense problems: query tiles; 128 threads: S was read
       p_ready   softmax -> mma: score buffers; 128 threads: S was read, the first columns of P written, O rescaled.
                 Only for kept tiles, as
-      p_rest    softmax -> mma: score buffers; 128 threads: the rest of P. Of each buffer, because with one query tile
-                a warp may be done with the next tile before another is with this one
-      o_step    mma -> softmax, with one query tile: 1 commit of a P V. O may be rescaled
+      p_rest    softmax -> mma: score buffers; 128 threads: the rest of P, if p_early_columns is not all of it. Of each
+                buffer, because with one query tile a warp may be done with the next tile before another is with this
+      o_step    mma -> softmax, with one query tile or P apart from S: 1 commit of a P V. O may be rescaled, and P apart
+                from S written
       o_done    mma -> correction: query tiles; 1 commit of the last P V
       row_done  softmax -> correction: query tiles; 128 threads: sFactor is written
       factor_free  correction -> softmax: query tiles; 128 threads: sFactor was read. Only if persistent
@@ -270,9 +273,17 @@ class Prefill:
       softmax 0            .. wait .. S0(i+1): max, exp, P0, sum
       softmax 1  S1(i): exp, P1, sum          .. wait .. S1(i+1): max
       load       K(i+2)  V(i+2) ..
+    with P apart from S (`Config.p_apart`), where S of the next KV tile is there when the exponentials of this one end
+      mma        Q0 K(i+1)  P0 V(i)  Q1 K(i+1)  P1 V(i)  Q0 K(i+2) ..
+      softmax 0  S0(i): max, exp, P0, sum  S0(i+1): max, exp ..
     and with one query tile, whose S alternates between two buffers
       mma        Q K(i+1)  P V(i)  Q K(i+2)  P V(i+1) ..
       softmax    S(i+1): max, exp, P, sum    S(i+2) ..
+
+    P apart from S. At 64 columns of O both query tiles' P find room behind O. With P inside S, S of the next KV tile
+    waited for P V, and the exponential units with it: modelled, d64 and 64K causal, a work tile's 128 rows took 617961
+    clocks (FlashAttention-4's 553284), apart 564525, with more emulated exponentials (`config._emulated_share`) and P
+    released as a whole 446051.
 
     Pairs of CTAs (`Config.cta_pair`). The MMA warp of one CTA, the leader, multiplies 256 rows: 128 of each CTA,
     whose S, P and O lie in its own tensor memory. Each CTA fetches half of K's rows and half of V's columns, so
@@ -324,6 +335,7 @@ class Prefill:
         self.one_tile = config.query_tiles == 1
         self.pair = config.cta_pair
         self.persistent = config.ctas > 0
+        self.says_s_read = config.p_apart and not self.sparse  # a sparse problem's votes imply it
         # The work tiles of a pair are dealt out in turn: a claim would have to reach both CTAs.
         self.dynamic = self.persistent and not self.pair
         self.steps_k = config.k_chunk // umma.INSTRUCTION_K
@@ -354,6 +366,11 @@ class Prefill:
             raise NotImplementedError(
                 f"{config.cta_pair=} with {problem.sparsity=}, {problem.varlen=}, {problem.mask=}: "
                 "pairs of CTAs compute dense problems, not packed, with a full or causal mask"
+            )
+        if config.cta_pair and (config.p_apart or config.p_early_columns == config.tile_n):
+            raise NotImplementedError(
+                f"{config.cta_pair=} with {config.p_apart=}, {config.p_early_columns=}: a pair of CTAs has P inside S, "
+                "released in two parts"
             )
         if config.first_early and (config.cta_pair or problem.mask == "band"):
             raise NotImplementedError(
@@ -686,6 +703,10 @@ class Prefill:
                             keep = self._kept(pipes, tiles, s, number)
                         parity = p_parity >> s & 1
                         wanted = wanted | keep
+                    if const_expr(config.p_apart):
+                        next_k = self._next_scores(
+                            fragments, pipes, base, k_cursor, s, i + 2, steps, before + 1, sizes, work_parity, number
+                        )
                     if const_expr(s == 0 and not self.sparse):
                         pipes.v.wait(v_cursor)  # before P, for which the product then waits alone
                     if keep:
@@ -716,14 +737,18 @@ class Prefill:
                                 pipes.p_rest + s,
                                 parity,
                             )
+                        if const_expr(chunk + 1 == config.v_chunks and config.p_apart):
+                            if keep:
+                                umma.commit(pipes.o_step + s, self.pair)
                         if const_expr(s == 1):
                             if wanted:
                                 umma.commit(pipes.v.empty(next_v), self.pair)
                         if const_expr(s == 1 or chunk + 1 < config.v_chunks):
                             next_v = pipes.v.advanced(next_v)
-                    next_k = self._next_scores(
-                        fragments, pipes, base, k_cursor, s, i + 2, steps, before + 1, sizes, work_parity
-                    )
+                    if const_expr(not config.p_apart):
+                        next_k = self._next_scores(
+                            fragments, pipes, base, k_cursor, s, i + 2, steps, before + 1, sizes, work_parity
+                        )
                 if const_expr(self.sparse):
                     if not wanted:
                         for _ in cutlass.range_constexpr(config.v_chunks):
@@ -747,10 +772,12 @@ class Prefill:
         before: Int32,
         sizes,
         work_parity: Int32,
+        last: Any = None,
     ):
         """One thread: S of the KV tile after the first `before` of a query tile, which is the `nth` of the CTA's
         `steps`, counted from 1, if there is one. Query tile 0 waits for its K, query tile 1 hands it back, and after
-        the last one Q. Returns what follows in K's ring."""
+        the last one Q. Returns what follows in K's ring. `last` is the number of the query tile's last KV tile,
+        whose S must have been read; P of the one before a work tile has been waited for, which tells as much."""
         config = self.config
         exists = nth <= steps
         active = is_within(before, 0, sizes[query_tile])
@@ -760,6 +787,9 @@ class Prefill:
                     pipes.k.wait(k_cursor)
             if active:
                 if const_expr(chunk == 0):
+                    if const_expr(self.says_s_read and last is not None):
+                        cute.arch.mbarrier_wait(pipes.s_read + query_tile, last & 1)
+                        tmem.fence_after_sync()
                     if before == 0:
                         cute.arch.mbarrier_wait(pipes.q_full + query_tile, work_parity >> query_tile & 1)
                 scores = base + config.tmem.scores[query_tile]
@@ -848,7 +878,7 @@ class Prefill:
                             self._values(
                                 fragments,
                                 base + plan.outputs[0] + chunk * config.v_chunk,
-                                base + plan.probabilities[0] + buffer * plan.buffer_stride,
+                                base + plan.probabilities[0] + buffer * plan.probabilities_stride,
                                 fragments.v.of_slot(v_cursor.index),
                                 chunk,
                                 i != 1,
@@ -1037,6 +1067,9 @@ class Prefill:
             buffer, address = self._await_scores(step, count)
         with span("softmax"):
             scores = tmem.load_row(address, config.tile_n, FRAGMENT)
+            if const_expr(self.says_s_read):
+                tmem.fence_before_sync()
+                cute.arch.mbarrier_arrive(step.pipes.s_read + buffer)
             if const_expr(self.problem.softcap):
                 scores = [cute.math.tanh(s * step.op.prefill.scale.tanh_scale, fastmath=True) for s in scores]
             seen = None
@@ -1048,6 +1081,9 @@ class Prefill:
             if const_expr(first):
                 state.start(tile_max, thread.in_sequence)
                 if const_expr(self.sparse):
+                    if const_expr(config.p_apart):
+                        tmem.fence_before_sync()
+                        cute.arch.sync_warp()  # one lane tells for all of them that S is read
                     self._say(step, count, Boolean(True))
                 self._keep(step, n_block, buffer, address, scores, None, seen)
             elif const_expr(not self.sparse):
@@ -1123,8 +1159,8 @@ class Prefill:
     def _blank_tile(self, step, count: Int32):
         """A KV tile that only the other CTA's rows of the products see: P is 0."""
         config, pipes = self.config, step.pipes
-        buffer, address = self._await_scores(step, count)
-        p_address = address + (config.tmem.probabilities[0] - config.tmem.scores[0])
+        buffer, _ = self._await_scores(step, count)
+        p_address = self._p_address(step, buffer, False)
         for first_column in cutlass.range_constexpr(0, config.tile_n // 2, FRAGMENT):
             tmem.store(p_address + first_column, [Int32(0)] * FRAGMENT)
         tmem.wait_stores()
@@ -1132,6 +1168,16 @@ class Prefill:
         self._tell_leader(pipes.p_ready + buffer)
         self._tell_leader(pipes.p_rest + buffer)
         step.kept[0] = step.kept[0] + 1
+
+    @cute.jit
+    def _p_address(self, step, buffer, first: cutlass.Constexpr[bool]):
+        """Of this thread's row in a buffer of P, once it may be written: P apart from S, when the last P V is done, as
+        S of a row's first KV tile implies."""
+        plan = self.config.tmem
+        if const_expr(self.config.p_apart and not first):
+            cute.arch.mbarrier_wait(step.pipes.o_step + buffer, (step.kept[0] - 1) & 1)
+            tmem.fence_after_sync()
+        return step.thread.lane + plan.probabilities[0] + buffer * plan.probabilities_stride
 
     @cute.jit
     def _keep(
@@ -1147,9 +1193,9 @@ class Prefill:
         """P, O's rescaling if need be, and the row sum, of a kept tile; tile_max is None for a row's first."""
         config, pipes, state = self.config, step.pipes, step.state
         first, masked = tile_max is None, seen is not None
+        p_address = self._p_address(step, buffer, first)
         if const_expr(not first):
             self._rescale(step, tile_max)
-        p_address = address + (config.tmem.probabilities[0] - config.tmem.scores[0])
         sums = [(Float32(0.0), Float32(0.0))] * SUM_CHAINS if masked else []
         for first_column in cutlass.range_constexpr(0, config.tile_n, FRAGMENT):
             last = first_column + FRAGMENT == config.tile_n
@@ -1173,9 +1219,10 @@ class Prefill:
                 tmem.wait_stores()
                 tmem.fence_before_sync()
                 self._tell_leader(pipes.p_ready + buffer)
-        tmem.wait_stores()
-        tmem.fence_before_sync()
-        self._tell_leader(pipes.p_rest + buffer)
+        if const_expr(config.p_early_columns < config.tile_n):
+            tmem.wait_stores()
+            tmem.fence_before_sync()
+            self._tell_leader(pipes.p_rest + buffer)
         state.add(sums, first)
         step.kept[0] = step.kept[0] + 1
 
@@ -1400,7 +1447,7 @@ class Prefill:
     def _initialise(self, pipes: Pipes) -> None:
         pipes.k.initialise()
         pipes.v.initialise()
-        arrivals = dict.fromkeys(("row_done", "factor_free"), GROUP_THREADS)
+        arrivals = dict.fromkeys(("s_read", "row_done", "factor_free"), GROUP_THREADS)
         to_leader = self.config.ctas_per_tile * WARPS_PER_GROUP if self.pair else GROUP_THREADS
         arrivals |= dict.fromkeys(("p_ready", "p_rest", "o_free"), to_leader)
         for name in Pipes._fields[2:-1]:
@@ -1436,6 +1483,7 @@ def shared_storage(config: Config, dtype: type, sQ_layout, sK_layout, sV_layout)
         q_full: pipe
         q_empty: pipe
         s_full: pipe
+        s_read: pipe
         p_ready: pipe
         p_rest: pipe
         o_step: pipe

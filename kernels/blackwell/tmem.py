@@ -22,11 +22,11 @@ TENSOR_MEMORY_SPACE = 6  # LLVM's address space number
 
 @dataclass(frozen=True)
 class TmemPlan:
-    """First columns of every tensor; `scores[b]` holds S of buffer b in fp32, `probabilities[b]` P inside it.
+    """First columns of every tensor; `scores[b]` holds S of buffer b in fp32, `probabilities[b]` its P.
 
     S is read whole into registers before P is written, so P (16 bits an element, half the columns of S) lies
-    in the upper half of its S. Buffer b and output b belong to query tile b, or, with one query tile, the
-    two buffers alternate over the KV tiles and there is one output.
+    in the upper half of its S; or apart, behind O, where there is room. Buffer b and output b belong to query
+    tile b, or, with one query tile, the two buffers alternate over the KV tiles and there is one output.
     """
 
     scores: tuple[int, ...]
@@ -34,20 +34,28 @@ class TmemPlan:
     outputs: tuple[int, ...]
 
     @staticmethod
-    def make(tile_n: int, head_dim_v: int, score_buffers: int, query_tiles: int) -> "TmemPlan":
+    def make(tile_n: int, head_dim_v: int, score_buffers: int, query_tiles: int, p_apart: bool = False) -> "TmemPlan":
         """The plan for S of `tile_n` columns and O of `head_dim_v` columns."""
         scores = tuple(tile_n * buffer for buffer in range(score_buffers))
         probabilities = tuple(first + tile_n // 2 for first in scores)
         first_output = tile_n * score_buffers
         outputs = tuple(first_output + head_dim_v * tile for tile in range(query_tiles))
         used = first_output + head_dim_v * query_tiles
+        if p_apart:
+            probabilities = tuple(used + tile_n // 2 * buffer for buffer in range(score_buffers))
+            used += tile_n // 2 * score_buffers
         assert used <= COLUMNS, f"{used} columns of tensor memory needed, there are {COLUMNS}"
         return TmemPlan(scores, probabilities, outputs)
 
     @property
     def buffer_stride(self) -> int:
-        """Columns from one buffer of S, or of P, to the next."""
+        """Columns from one buffer of S to the next."""
         return self.scores[1] - self.scores[0]
+
+    @property
+    def probabilities_stride(self) -> int:
+        """Columns from one buffer of P to the next."""
+        return self.probabilities[1] - self.probabilities[0]
 
     @property
     def output_stride(self) -> int:
