@@ -324,7 +324,7 @@ def _saved(provider: str, arch: str, kind: Kind, alone: Piece) -> float:
     if together.clusters == tiles:
         return -CTA_GAP_CLOCKS
     if together.clusters != 1:
-        raise RuntimeError(f"{provider} has {together.clusters} clusters on a chip of one: {kind}")
+        raise Missing(f"{provider} has {together.clusters} clusters on a chip of one: {kind}")
     return (piece(provider, arch, kind, keys).cycles * tiles - together.cycles) / (tiles - 1)
 
 
