@@ -485,6 +485,7 @@ def test_tiles_become_flex_attentions_blocks_of_which_half_is_kept():
         return peers.in_flex_blocks(KeptTiles(keep, rows, keys), 256).keep[0, 0].tolist()
 
     assert blocks([[1, 0], [0, 0], [0, 0], [1, 1]], 64, 128) == [[True, False], [True, True]]
+    assert blocks([[1, 1], [1, 0], [1, 1], [0, 0]], 64, 128) == [[True, True], [True, True]]  # half of one suffices
     assert blocks([[0, 1], [0, 1]], 128, 128) == [[False, True], [False, True]]
     assert blocks([[1, 0, 0, 1]] * 4, 64, 80) == [[True, False]] * 2  # 80 of the first block's keys, 16 of the second's
     assert blocks([[0, 0, 1, 0]] * 4, 64, 80) == [[False, True]] * 2
