@@ -14,14 +14,15 @@ It knows nothing of attention. The first use builds a C++ core (see build.py); i
 
 from __future__ import annotations
 
-from cute_sparse.emulator import errors
+from cute_sparse.emulator import errors, hooks, torch_cuda
 from cute_sparse.emulator.counts import Counts, Launch
-from cute_sparse.emulator.devices import ARCHES, Device, entered
+from cute_sparse.emulator.devices import ARCHES, Device, entered, load_core
 from cute_sparse.emulator.errors import EmulatorError
 
 __all__ = ["ARCHES", "Counts", "Device", "EmulatorError", "Launch", "device", "entered", "errors", "register"]
 
 device = Device  # with emulator.device("sm_90a"): ..
+Device.installs = hooks.install, torch_cuda.install
 
 
 def register(cubin: bytes, ptx: str) -> None:
@@ -29,6 +30,4 @@ def register(cubin: bytes, ptx: str) -> None:
 
     The same cubin again replaces its PTX, also for functions that are loaded already.
     """
-    from cute_sparse.emulator.devices import load_core
-
     load_core().add_program(cubin, ptx)

@@ -7,18 +7,19 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cute_sparse.emulator import errors
+import torch
+
+from cute_sparse.emulator import build, errors, library
 from cute_sparse.emulator.counts import Launch, launch_from_core
 from cute_sparse.emulator.library import ORDERS, Core
+from cute_sparse.emulator.memory import Registry, is_marked
+from cute_sparse.emulator.patches import Patches
 
-if TYPE_CHECKING:
-    import torch
-
-    from cute_sparse.emulator.memory import Registry
-
+DSL_PACKAGE = "nvidia-cutlass-dsl"
+DSL_VERSION = "4.8.1"
 ARCHES = {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_103a": (10, 3)}  # compute capability
 
 _entered: Device | None = None
@@ -69,35 +70,29 @@ class Device:
         self.on_launch: Callable[[Launch], None] | None = None
         self._launches: list[Launch] = []
 
+    installs: tuple[Callable[[Device, Patches], None], ...] = ()  # what entering changes; the package names them
     core: Core
     memory: Registry
     dump_directory: Path  # where the compiler leaves PTX and cubin for a moment
 
     def __enter__(self) -> Device:
         global _entered
-        from cute_sparse.emulator import hooks
-
         with _entering:
             if _entered is not None:
                 raise errors.AlreadyEntered(f"an emulated {_entered.arch} is entered already: leave it first")
-            from cute_sparse.emulator.memory import Registry
-
             self.core = load_core()
             self.memory = Registry(self.core)
             self._launches = []
             self._temporary = tempfile.TemporaryDirectory(prefix="cute_sparse_emulator_")
             self.dump_directory = Path(self._temporary.name)
-            self._patches = hooks.Patches()
+            self._patches = Patches()
             try:
                 self.core.enter(
                     self.arch, self.sms, self.order, self.seed, self.threads, self.checks,
                     self.max_warp_instructions or 0,
                 )  # fmt: skip
-                hooks.install(self, self._patches)
-                if self.torch_cuda:
-                    from cute_sparse.emulator import torch_cuda
-
-                    torch_cuda.install(self, self._patches)
+                for install in self.installs:
+                    install(self, self._patches)
             except BaseException:
                 self._leave()
                 raise
@@ -138,11 +133,7 @@ class Device:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor counts as one on this device: any, or with `torch_cuda` those that a script calls "cuda"."""
-        if not self.torch_cuda:
-            return True
-        from cute_sparse.emulator import torch_cuda
-
-        return torch_cuda.is_marked(tensor)
+        return not self.torch_cuda or is_marked(tensor)
 
     def register(self, tensor: torch.Tensor, name: str | None = None) -> None:
         """Lets kernels access a CPU tensor's storage; `name` stands for it in error messages.
@@ -168,14 +159,25 @@ class Device:
         raise error from None
 
 
+def require_dsl() -> None:
+    """Raises UnsupportedVersion unless the pinned DSL is installed."""
+    try:
+        found = metadata.version(DSL_PACKAGE)
+    except metadata.PackageNotFoundError:
+        found = "no version"
+    if found != DSL_VERSION:
+        raise errors.UnsupportedVersion(
+            f"cute_sparse.emulator hooks into {DSL_PACKAGE} {DSL_VERSION}, and {found} is installed: "
+            f"pip install {DSL_PACKAGE}=={DSL_VERSION}"
+        )
+
+
 def load_core() -> Core:
     """Builds the core if need be, and loads it."""
     global _core
     if _core is None:
-        from cute_sparse.emulator import build, hooks, library
-
-        hooks.require_dsl()
-        _core = library.load(build.build(hooks.DSL_VERSION))
+        require_dsl()
+        _core = library.load(build.build(DSL_VERSION))
     return _core
 
 

@@ -11,71 +11,18 @@ import functools
 import os
 import re
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from cute_sparse.emulator import errors, memory
+from cute_sparse.emulator import devices, errors, memory
+from cute_sparse.emulator.devices import Device
 from cute_sparse.emulator.host_code import engine_class, redirect_engine
+from cute_sparse.emulator.patches import Patches
 
-if TYPE_CHECKING:
-    from cute_sparse.emulator.devices import Device
-
-DSL_PACKAGE = "nvidia-cutlass-dsl"
-DSL_VERSION = "4.8.1"
 # H100/H200 and B200 data sheets; a B300 is taken to have a B200's.
 L2_BYTES = {"sm_90a": 50 << 20, "sm_100a": 126 << 20, "sm_103a": 126 << 20}
-
-
-def require_dsl() -> None:
-    """Raises UnsupportedVersion unless the pinned DSL is installed."""
-    try:
-        found = metadata.version(DSL_PACKAGE)
-    except metadata.PackageNotFoundError:
-        found = "no version"
-    if found != DSL_VERSION:
-        raise errors.UnsupportedVersion(
-            f"cute_sparse.emulator hooks into {DSL_PACKAGE} {DSL_VERSION}, and {found} is installed: "
-            f"pip install {DSL_PACKAGE}=={DSL_VERSION}"
-        )
-
-
-class Patches:
-    """Attributes, class attributes and environment variables that are set for a while."""
-
-    _ABSENT = object()
-
-    def __init__(self):
-        self._undo: list[Callable[[], None]] = []
-
-    def set(self, owner: Any, name: str, value: Any) -> Any:
-        """Sets owner.name and returns what was there."""
-        own = vars(owner).get(name, self._ABSENT)
-        previous = getattr(owner, name, None)
-        setattr(owner, name, value)
-        self._undo.append(lambda: delattr(owner, name) if own is self._ABSENT else setattr(owner, name, own))
-        return previous
-
-    def set_environment(self, name: str, value: str) -> None:
-        previous = os.environ.get(name)
-        os.environ[name] = value
-
-        def undo() -> None:
-            if previous is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = previous
-
-        self._undo.append(undo)
-
-    def on_restore(self, undo: Callable[[], None]) -> None:
-        self._undo.append(undo)
-
-    def restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
 
 
 def install(device: Device, patches: Patches) -> None:
@@ -296,8 +243,6 @@ def _emulated_module_class() -> type:
         """Its library handles are the core's: the CUDA runtime must never see them."""
 
         def unload(self) -> None:
-            from cute_sparse.emulator import devices
-
             core = devices.loaded_core()
             for library in self.cuda_library:
                 if core is not None:
@@ -315,8 +260,6 @@ class _launching:
         self._function = function
 
     def __enter__(self) -> Device:
-        from cute_sparse.emulator import devices
-
         device = devices.entered()
         name = getattr(self._function, "function_name", "this function")
         if device is None:

@@ -41,6 +41,12 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def is_marked(tensor: torch.Tensor) -> bool:
+    """Whether a script takes this tensor for a CUDA tensor: torch_cuda.py marks their storages."""
+    with torch._C.DisableTorchFunction():
+        return is_plain(tensor) and getattr(tensor.untyped_storage(), "_emulated_cuda", False)
+
+
 @dataclass
 class _Range:
     storage: StorageWeakRef

@@ -13,26 +13,27 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from cute_sparse.emulator import devices, memory
-
-if TYPE_CHECKING:
-    from cute_sparse.emulator.devices import Device
-    from cute_sparse.emulator.hooks import Patches
+from cute_sparse.emulator import memory
+from cute_sparse.emulator.devices import ARCHES, Device
+from cute_sparse.emulator.memory import is_marked
+from cute_sparse.emulator.patches import Patches
 
 CUDA = torch.device("cuda", 0)
-NAMES = {arch: f"Emulated {arch}" for arch in devices.ARCHES}
+NAMES = {arch: f"Emulated {arch}" for arch in ARCHES}
 MEMORY_BYTES = 80 << 30  # what get_device_properties and mem_get_info say; the host's memory is the true limit
 
 
 def install(device: Device, patches: Patches) -> None:
-    """Makes torch's "cuda" device the emulated one until `patches` are restored."""
+    """Makes torch's "cuda" device the emulated one until `patches` are restored, where the device is to be that."""
+    if not device.torch_cuda:
+        return
     _torch_cuda_module(device, patches)
     _driver_bindings(patches)
     _autograd(patches)
@@ -53,12 +54,6 @@ def _modes_on() -> Iterator[None]:
 
 
 # --- marks ---------------------------------------------------------------------------------------------------------
-
-
-def is_marked(tensor: torch.Tensor) -> bool:
-    """Whether a script takes this tensor for a CUDA tensor."""
-    with torch._C.DisableTorchFunction():
-        return memory.is_plain(tensor) and getattr(tensor.untyped_storage(), "_emulated_cuda", False)
 
 
 def mark(value: Any, cuda: bool = True) -> Any:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cute_sparse import emulator
-from cute_sparse.emulator import build, errors, hooks
+from cute_sparse.emulator import build, devices, errors
 
 pytest.importorskip("cutlass")
 
@@ -302,7 +302,7 @@ def test_bad_devices_are_refused(arguments, error, message):
 def test_another_dsl_version_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "4.9.0")
     with pytest.raises(errors.UnsupportedVersion, match=r"4\.8\.1.*4\.9\.0 is installed"):
-        hooks.require_dsl()
+        devices.require_dsl()
 
 
 def test_tensors_elsewhere_are_refused(device):
@@ -502,9 +502,8 @@ def test_every_redirected_name_is_defined_and_of_equal_length():
     import ctypes
 
     from cute_sparse.emulator import host_code
-    from cute_sparse.emulator.devices import load_core
 
-    library = ctypes.CDLL(str(load_core().path))
+    library = ctypes.CDLL(str(devices.load_core().path))
     for name in host_code.REDIRECTED:
         assert len(host_code.redirected_name(name)) == len(name)
         assert getattr(library, host_code.redirected_name(name))
