@@ -92,6 +92,9 @@ def _make_plan(kind: str, q, k, v, options: dict):
         "prefill": (inputs.check_attention, ReferencePlan, PrefillKernelPlan),
         "decode": (inputs.check_decode, DecodeReferencePlan, DecodeKernelPlan),
     }[kind]
+    for name, value in options.items():
+        if isinstance(value, torch.Tensor):
+            inputs.check_in_memory(name, value)
     request = check(q, k, v, **options)
     target = _target(request.device)
     if request.threshold is not None:

@@ -289,7 +289,7 @@ def check_decode_values(request: DecodeRequest, seqused_k: torch.Tensor, page_ta
 def check_flags(**flags: bool) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be True or False")
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be Python's True or False")
 
 
 def _is_integer(value: object) -> bool:
@@ -373,6 +373,13 @@ def has_dispatch_of_its_own(tensor: torch.Tensor) -> bool:
     return getattr(type(tensor), "__torch_dispatch__", plain) is not plain
 
 
+def check_in_memory(name: str, tensor: torch.Tensor) -> None:
+    if torch._C._functorch.is_batchedtensor(tensor):
+        raise NotImplementedError(f"{name} is one of torch.vmap's; supported are tensors with a batch dimension")
+    if has_dispatch_of_its_own(tensor):
+        raise NotImplementedError(f"{name} is a {type(tensor).__name__}; supported are tensors in memory")
+
+
 def _check_tensors(named: dict[str, torch.Tensor], rank: int, layout: str) -> None:
     """`named` holds queries, keys and values, in this order, by the names that the caller knows."""
     (q_name, q), (k_name, k), (v_name, v) = named.items()
@@ -382,8 +389,7 @@ def _check_tensors(named: dict[str, torch.Tensor], rank: int, layout: str) -> No
         if tensor.layout != torch.strided or tensor.is_nested:
             layout = "nested" if tensor.is_nested else tensor.layout
             raise NotImplementedError(f"{name} is a {layout} tensor; supported are dense ones with strides")
-        if has_dispatch_of_its_own(tensor):
-            raise NotImplementedError(f"{name} is a {type(tensor).__name__}; supported are tensors in memory")
+        check_in_memory(name, tensor)
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(f"{name} has a tangent; there is no derivative of attention yet")
         if tensor.dim() != rank:

@@ -127,6 +127,7 @@ BAD = {
     "softcap a tensor": (dict(softcap=torch.tensor(20.0)), TypeError, "softcap is a Tensor.* a number"),
     "causal a string": (dict(causal="no"), TypeError, "causal is a str.* True or False"),
     "causal a tensor": (dict(causal=torch.tensor(True)), TypeError, "causal is a Tensor.* True or False"),
+    "causal of NumPy": (dict(causal=np.True_), TypeError, "causal is a bool.* Python's True or False"),
     "return_lse None": (dict(return_lse=None), TypeError, "return_lse is a NoneType.* True or False"),
     "return_stats a number": (dict(return_stats=1), TypeError, "return_stats is a int.* True or False"),
     "scale NaN": (dict(softmax_scale=math.nan), ValueError, "softmax_scale=nan must be positive"),

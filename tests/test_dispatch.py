@@ -530,7 +530,7 @@ def test_warmup_says_what_is_wrong(monkeypatch):
     with pytest.raises(NotImplementedError, match="page_size:-1; it supports page_size:16"):
         cute_sparse.warmup(kind="decode", page_size=-1, arch="sm_90a")
     for name in ("causal", "window", "varlen", "softcap", "sink", "threshold", "return_lse", "share_max"):
-        with pytest.raises(TypeError, match=f"{name} is a float; it must be True or False"):
+        with pytest.raises(TypeError, match=f"{name} is a float; it must be Python's True or False"):
             cute_sparse.warmup(arch="sm_90a", **{name: 20.0})
 
 

@@ -113,12 +113,24 @@ def fake(*tensors):
         return tuple(mode.from_tensor(tensor) for tensor in tensors)
 
 
+@pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")
 def test_a_call_of_tensors_without_memory_has_a_result_without_memory():
     cute_sparse.attention(*qkv(), return_stats=True)  # leaves a plan for such shapes
     out, lse, _ = cute_sparse.attention(*fake(*qkv()), return_lse=True)
     assert isinstance(out, FakeTensor) and out.shape == (2, 20, 4, 16) and lse.shape == (2, 4, 20)
     with pytest.raises(NotImplementedError, match="q is a FakeTensor.* in memory"):
         cute_sparse.attention(*fake(*qkv()), return_stats=True)
+
+
+def test_a_tensor_of_vmap_and_an_option_without_memory_are_named():
+    """On a kernel, an `out` at address 0 would be written to."""
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match="k is one of torch.vmap's; .* a batch dimension"):
+        torch.vmap(lambda k: cute_sparse.attention(q, k, v))(k[None])
+    with pytest.raises(NotImplementedError, match="threshold is one of torch.vmap's"):
+        torch.vmap(lambda threshold: cute_sparse.attention(q, k, v, threshold=threshold))(torch.ones(1, 2, 4))
+    with pytest.raises(NotImplementedError, match="out is a FakeTensor.* in memory"):
+        cute_sparse.attention(q, k, v, out=fake(q)[0])
 
 
 @pytest.mark.parametrize("mode", ["real", "symbolic"])
