@@ -12,7 +12,6 @@ import nvtx
 import torch
 
 from cute_sparse import dispatch
-from cute_sparse.plans import Result
 from cute_sparse.problem import TileGeometry
 
 
@@ -68,33 +67,28 @@ class AttentionOutput(NamedTuple):
 
 @nvtx.annotate("attention", domain="cute_sparse")
 def attention(q, k, v, options: dict) -> torch.Tensor | AttentionOutput:
-    plan = dispatch.plan_attention(q, k, v, options)
-    result = plan.run(q, k, v, options["out"], options["threshold"], options["learnable_sink"], None, None)
-    return _answer(result, plan.geometry, options)
+    return _answer(dispatch.plan_attention(q, k, v, options), q, k, v, options, None, None)
 
 
 @nvtx.annotate("attention_varlen", domain="cute_sparse")
 def attention_varlen(q, k, v, options: dict) -> torch.Tensor | AttentionOutput:
-    plan = dispatch.plan_attention(q, k, v, options)
     sequences = options["cu_seqlens_q"], options["cu_seqlens_k"]
-    result = plan.run(q, k, v, options["out"], options["threshold"], options["learnable_sink"], *sequences)
-    return _answer(result, plan.geometry, options)
+    return _answer(dispatch.plan_attention(q, k, v, options), q, k, v, options, *sequences)
 
 
 @nvtx.annotate("decode", domain="cute_sparse")
 def decode(q, k_cache, v_cache, options: dict) -> torch.Tensor | AttentionOutput:
-    plan = dispatch.plan_decode(q, k_cache, v_cache, options)
     sequences = options["seqused_k"], options["page_table"]
-    result = plan.run(q, k_cache, v_cache, options["out"], options["threshold"], options["learnable_sink"], *sequences)
-    return _answer(result, plan.geometry, options, v_cache)
+    return _answer(dispatch.plan_decode(q, k_cache, v_cache, options), q, k_cache, v_cache, options, *sequences)
 
 
-def _answer(result: Result, geometry: TileGeometry, options: dict, v_cache: torch.Tensor | None = None):
-    """What the caller gets; v_cache of a decode call."""
-    out, lse, tile_counts, skip_map = result
+def _answer(plan, q, k, v, options: dict, *sequences: torch.Tensor | None) -> torch.Tensor | AttentionOutput:
+    """What the caller gets of the plan's run."""
+    given = options["out"], options["threshold"], options["learnable_sink"]
+    out, lse, tile_counts, skip_map = plan.run(q, k, v, *given, *sequences)
     if not options["return_stats"]:
         return AttentionOutput(out, lse, None) if options["return_lse"] else out
-    stats = Stats(tile_counts, skip_map, geometry)
-    if v_cache is not None:
-        stats = DecodeStats(*stats, geometry.tile_n * v_cache.shape[-1] * v_cache.element_size())
+    stats = Stats(tile_counts, skip_map, plan.geometry)
+    if "seqused_k" in options:
+        stats = DecodeStats(*stats, plan.geometry.tile_n * v.shape[-1] * v.element_size())
     return AttentionOutput(out, lse, stats)

@@ -24,7 +24,7 @@ from cute_sparse import splits
 from cute_sparse.problem import TileGeometry
 
 NOT_VISITED, KEPT, SKIPPED = 0, 1, 2
-# Hopper's for head dim 128 and a threshold, without a window.
+# Hopper's for head dim 128, causal, with a threshold.
 DEFAULT_GEOMETRY = TileGeometry(tile_m=64, tile_rows=64, tile_n=80, order="first_early", cta_m=192)
 
 

@@ -24,7 +24,7 @@ DOORS = {
     "cute_sparse.api": {"cute_sparse.calls", "cute_sparse.operators"},
     "cute_sparse.operators": {"cute_sparse.calls", "cute_sparse.inputs", "cute_sparse.untraced"},
     "cute_sparse.untraced": {"cute_sparse.calls", "cute_sparse.inputs"},
-    "cute_sparse.calls": {"cute_sparse.dispatch", "cute_sparse.plans", "cute_sparse.problem"},
+    "cute_sparse.calls": {"cute_sparse.dispatch", "cute_sparse.problem"},
     "cute_sparse.dispatch": {
         "cute_sparse.compiled",
         "cute_sparse.inputs",

@@ -12,8 +12,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-MBARRIER_BYTES = 8
-
 
 class Cursor(NamedTuple):
     """A position in a ring: the slot, and the parity of the phase to wait for."""

@@ -128,11 +128,6 @@ class Config:
         return per_thread * WARPS_PER_GROUP * THREADS_PER_WARP
 
     @property
-    def registers_at_launch(self) -> int:
-        """What the compiler may give every thread; setmaxnreg moves registers from there (multiples of 8)."""
-        return min(SM_REGISTERS // self.threads // 8 * 8, 248)
-
-    @property
     def q_bytes(self) -> int:
         """Of one CTA, as is the rest of shared memory below."""
         return self.query_tiles * TILE_M * self.head_dim * ELEMENT_BYTES
