@@ -165,8 +165,6 @@ HOLD_V_AFTER = {1: 1, 2: 8}
 
 def candidates(problem: Problem, arch: str = "sm_100a") -> list[Config]:
     """Every configuration that can run `problem` on `arch` ("sm_100a" or "sm_103a")."""
-    if problem.kind != "prefill":
-        raise NotImplementedError(f"Blackwell has no {problem.kind} kernel; it has prefill")
     # sm_103's exponential unit is twice as fast and needs no help.
     shares = (0,) if arch.startswith("sm_103") else (0, _emulated_share(problem))
     if problem.head_dim_v > 128:

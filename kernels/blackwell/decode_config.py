@@ -214,8 +214,6 @@ def candidates(problem: Problem, arch: str = "sm_100a") -> list[Config]:
     Of head dim 256 only four tiles of K and V fit beside Q, so K's are cut in two: with slots for two whole tiles of K
     a skipped tile takes 1343 clocks, 1643 at a latency of 1200, and with five halves what its bytes ask for, 1191.
     """
-    if problem.kind != "decode":
-        raise NotImplementedError(f"this is Blackwell's decode kernel, not its {problem.kind} kernel")
     head_dim, head_dim_v = round_up(problem.head_dim, 16), round_up(problem.head_dim_v, 16)
     k_pieces = 2 if head_dim == HEAD_DIM_MAX else 1
     k_bytes, v_bytes = TILE_N * head_dim // k_pieces * ELEMENT_BYTES, TILE_N * head_dim_v * ELEMENT_BYTES

@@ -186,7 +186,7 @@ class HopperPrefill:
     Roles
       warpgroup 0        its warp 0 is the producer: TMA loads, work tiles; the other three warps leave at once
       warpgroups 1..n    consumers of 64 query rows each: MMA, softmax, store
-      setmaxnreg moves the producer's registers to the consumers (`config.REGISTERS`).
+      setmaxnreg moves the producer's registers to the consumers (`config.consumer_registers`).
 
     Pipelines  (producer -> consumer: slots; what fills; what drains)
       q      TMA -> MMA: one per warpgroup; bytes of its Q; where out is staged in Q's memory, one arrival once the
