@@ -84,6 +84,9 @@ MASKS = {
     "causal": ((2, 200, 200), {"mask_function": masking_utils.causal_mask_function}, True),
     "causal of the last tokens": ((2, 3, 200, 197), {"mask_function": masking_utils.causal_mask_function}, True),
     "causal with room behind": ((2, 3, 200, 100), {"mask_function": masking_utils.causal_mask_function}, False),
+    "causal with room behind, padded": (
+        (2, 8, 16), {"mask_function": masking_utils.causal_mask_function, "attention_mask": LEFT_PADDED}, False
+    ),
     "window": ((1, 16, 16), windowed(5), True),
     "window of code unknown": ((1, 16, 16), windowed(5, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 5)), True),
     "window without its size": ((1, 16, 16), windowed(5, local_size=None), True),

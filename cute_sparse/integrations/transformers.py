@@ -157,8 +157,11 @@ def _is_same(one, other) -> bool:
 def _check_is_band(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, options) -> None:
     """Compare every element of the mask where the key is no padding, some rows at a time."""
     device = options.get("device", "cpu")
-    tokens = options.get("attention_mask")  # (batch, kv_length or more)
-    padding = False if tokens is None else ~tokens[:, None, None, -kv_length:].to(device, torch.bool)
+    tokens = options.get("attention_mask")  # (batch, kv_length or more; less before a cache with room)
+    padding = False
+    if tokens is not None:
+        tokens = torch.nn.functional.pad(tokens, (0, max(kv_length - tokens.shape[1], 0)))
+        padding = ~tokens[:, None, None, -kv_length:].to(device, torch.bool)
     window = _causal_window(options)
     kv_idx = torch.arange(kv_offset, kv_offset + kv_length, device=device)
     shift = (kv_offset + kv_length) - (q_offset + q_length)  # of the kernels: the last query's own key is the last one
