@@ -88,7 +88,7 @@ def check_attention(
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         _check_memory(name, tensor)
     if varlen:
-        _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k)
+        _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.device)
         batch = cu_seqlens_q.shape[0] - 1
         seqlen_q, seqlen_k = _length(max_seqlen_q, "max_seqlen_q"), _length(max_seqlen_k, "max_seqlen_k")
         total_q, total_k = q.shape[0], k.shape[0]
@@ -196,9 +196,12 @@ def check_decode(
         raise ValueError(
             f"{seqlen_q=} must be from 1 to {SEQLEN_Q_MAX}: decode is for a few queries, attention for many"
         )
-    _check_int32("seqused_k", seqused_k, (batch,), q.device)
+    _check_operand("seqused_k", seqused_k, torch.int32, q.device, (batch,), f"({batch=},)")
     if paged:
-        _check_page_table(page_table, batch, block_tokens, q.device)
+        _check_operand("page_table", page_table, torch.int32, q.device, (batch, None), f"({batch=}, pages)")
+        if block_tokens not in PAGE_SIZES:
+            sizes = ", ".join(map(str, PAGE_SIZES))
+            raise NotImplementedError(f"k_cache has pages of {block_tokens} tokens; supported are {sizes}")
     else:
         _check_batch(named)
     _check_memory("q", q)
@@ -241,29 +244,20 @@ def check_decode(
     return request
 
 
-def _check_int32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_operand(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, shape: tuple[int | None, ...], words: str
+) -> None:
+    """Check a tensor beside q, k, v. `shape` has None where any size will do; `words` is how to say it."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-    if tensor.dtype != torch.int32:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; it must be torch.int32")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; it must be {dtype}")
+    if len(shape) != tensor.dim() or any(n not in (None, size) for n, size in zip(shape, tensor.shape, strict=True)):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {words}")
     if tensor.numel() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(f"{name} has strides {tensor.stride()}; the last one must be 1")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, q on {device}; they must share one device")
-
-
-def _check_page_table(page_table: torch.Tensor, batch: int, page_size: int, device: torch.device) -> None:
-    if not isinstance(page_table, torch.Tensor):
-        raise TypeError(f"page_table is a {type(page_table).__name__}; it must be a torch.Tensor")
-    if page_table.dim() != 2 or page_table.shape[0] != batch:
-        raise ValueError(f"page_table has shape {tuple(page_table.shape)}; it must be (batch, pages), {batch=}")
-    _check_int32("page_table", page_table, tuple(page_table.shape), device)
-    if page_size not in PAGE_SIZES:
-        raise NotImplementedError(
-            f"k_cache has pages of {page_size} tokens; supported are {', '.join(map(str, PAGE_SIZES))}"
-        )
 
 
 def check_decode_values(request: DecodeRequest, seqused_k: torch.Tensor, page_table: torch.Tensor | None) -> None:
@@ -318,17 +312,7 @@ def _checked_softcap(softcap: float) -> float:
 
 
 def _check_sink(sink: torch.Tensor, heads_q: int, device: torch.device) -> None:
-    if not isinstance(sink, torch.Tensor):
-        raise TypeError(f"learnable_sink is a {type(sink).__name__}; it must be a torch.Tensor")
-    if sink.dtype != torch.float32:
-        raise ValueError(f"learnable_sink has dtype {sink.dtype}; it must be torch.float32")
-    if tuple(sink.shape) != (heads_q,) or not sink.is_contiguous():
-        raise ValueError(
-            f"learnable_sink has shape {tuple(sink.shape)}, strides {sink.stride()}; it must be ({heads_q=},), "
-            "contiguous"
-        )
-    if sink.device != device:
-        raise ValueError(f"learnable_sink is on {sink.device}, q on {device}; they must share one device")
+    _check_operand("learnable_sink", sink, torch.float32, device, (heads_q,), f"({heads_q=},)")
     if torch.is_grad_enabled() and sink.requires_grad:
         raise NotImplementedError("learnable_sink requires grad; there is no backward pass yet")
 
@@ -449,25 +433,13 @@ def _check_memory(name: str, tensor: torch.Tensor, elements_max: int | None = EL
         )
 
 
-def _check_cu_seqlens(
-    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor | None
-) -> None:
+def _check_cu_seqlens(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, device: torch.device) -> None:
     for name, cu_seqlens in {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}.items():
-        if not isinstance(cu_seqlens, torch.Tensor):
-            raise TypeError(f"{name} is a {type(cu_seqlens).__name__}; it must be a torch.Tensor")
-        if cu_seqlens.dtype != torch.int32:
-            raise ValueError(f"{name} has dtype {cu_seqlens.dtype}; it must be torch.int32")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or not cu_seqlens.is_contiguous():
-            raise ValueError(
-                f"{name} has shape {tuple(cu_seqlens.shape)}, strides {cu_seqlens.stride()}; it must be (batch + 1,), "
-                "contiguous"
-            )
-        if cu_seqlens.device != q.device:
-            raise ValueError(f"{name} is on {cu_seqlens.device}, q on {q.device}; they must share one device")
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        _check_operand(name, cu_seqlens, torch.int32, device, (None,), "(batch + 1,)")
+    entries_q, entries_k = len(cu_seqlens_q), len(cu_seqlens_k)
+    if entries_q != entries_k or not entries_q:
         raise ValueError(
-            f"cu_seqlens_q has {cu_seqlens_q.shape[0]} entries, cu_seqlens_k {cu_seqlens_k.shape[0]}; "
-            "they must have batch + 1 each"
+            f"cu_seqlens_q has {entries_q} entries, cu_seqlens_k {entries_k}; they must have batch + 1 each"
         )
 
 
