@@ -225,7 +225,6 @@ def decode_title(longest: int) -> str:
     )
 
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m cute_sparse.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a folder that transformers can load; default: a small sentence model")

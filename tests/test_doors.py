@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,12 @@ def test_a_module_imports_only_through_its_room_s_doors(module):
         assert target == room or target in DOORS[room], f"{module} imports {name}, but {room} has no door to {target}"
 
 
+def test_no_files_import_each_other_in_a_circle():
+    """Neither when they are loaded nor from within a function, nor for a type's name."""
+    graph = {module: imports(path) & MODULES.keys() - {module} for module, path in MODULES.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names them
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_only_the_kernels_load_the_dsl(module):
     room = room_of(module)
@@ -147,7 +154,7 @@ def test_the_arch_rooms_have_the_same_files_and_do_not_import_each_other():
         for module, path in MODULES.items():
             if module.startswith(f"cute_sparse.kernels.{one}"):
                 assert not any(f".{other}" in name for name in imports(path)), f"{module} imports from {other}"
-    operations = {"config", "prefill"}
+    operations = {"config", "prefill", "decode_config", "decode"}
     for arch in ("hopper", "blackwell"):
         present = {module.rsplit(".", 1)[1] for module in MODULES if module.startswith(f"cute_sparse.kernels.{arch}.")}
         assert operations <= present
