@@ -229,11 +229,12 @@ def test_a_nan_score_keeps_its_tile_and_a_row_with_one_keeps_all_after_it(where)
     assert got.margin[0, 0, 0, 0] == math.inf
 
 
-def test_varlen_equals_each_sequence_alone():
+@pytest.mark.parametrize("shape", [(4, 4), (1, 4), None])
+def test_varlen_equals_each_sequence_alone(shape):
     lengths_q, lengths_k = [5, 0, 33, 16], [40, 7, 0, 60]
     cu_q, cu_k = [0, 5, 5, 38, 54], [0, 40, 47, 47, 107]
     q, k, v = (x[0] for x in make(54, 107, batch=1))
-    lam = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
+    lam = None if shape is None else torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
     got = reference.attention_varlen(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=40, max_seqlen_k=64,
         softmax_scale=0.25, window_right=0, threshold=lam, geometry=SMALL,
@@ -243,7 +244,8 @@ def test_varlen_equals_each_sequence_alone():
         queries, keys = slice(cu_q[index], cu_q[index + 1]), slice(cu_k[index], cu_k[index + 1])
         alone = reference.attention(
             q[None, queries], k[None, keys], v[None, keys],
-            softmax_scale=0.25, window_right=0, threshold=lam[index : index + 1], geometry=SMALL,
+            softmax_scale=0.25, window_right=0, geometry=SMALL,
+            threshold=None if lam is None else lam.expand(4, 4)[index : index + 1],
         )  # fmt: skip
         assert torch.equal(got.out[queries], alone.out[0]) and torch.equal(got.lse[:, queries], alone.lse[0])
         assert torch.equal(got.tile_counts[:, index], alone.tile_counts[:, 0])
