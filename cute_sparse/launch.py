@@ -50,4 +50,13 @@ class Launcher:
             self._entry(self._arguments)
             (result,) = struct.unpack_from("i", self._memory, self._result_offset)
         if result:
-            raise LaunchError(f"the CUDA runtime returned error {result} to a kernel launch")
+            raise LaunchError(f"the CUDA runtime returned error {result} ({_name_of(result)}) to a kernel launch")
+
+
+def _name_of(error: int) -> str:
+    from cuda.bindings import runtime
+
+    try:
+        return runtime.cudaError_t(error).name
+    except ValueError:
+        return "unknown to cuda-bindings"

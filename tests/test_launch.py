@@ -101,5 +101,8 @@ def test_a_kernel_is_launched_on_the_stream_given_and_an_error_is_raised(kind, a
         assert ctypes.c_uint64.in_dll(runtime, "stream").value == stream
     assert launches.value == 2
     answer.value = 719
-    with pytest.raises(LaunchError, match="719"):
+    with pytest.raises(LaunchError, match="719 .cudaErrorLaunchFailure"):
+        launch(values, 0)
+    answer.value = 123456
+    with pytest.raises(LaunchError, match="123456 .unknown"):
         launch(values, 0)
