@@ -2,7 +2,9 @@
 
 Compiles every audited problem (profiling/kernels.py) for sm_90a, sm_100a and sm_103a, without a GPU, and prints from
 the cubin: registers, stack, shared memory, code size, and of its loops: local-memory instructions (spills), matrix and
-exponential instructions. Exits with 1 if a main loop touches local memory or has serialised wgmma.
+exponential instructions. Exits with 1 if a main loop touches local memory or has serialised wgmma, or if setmaxnreg
+does not deal out all registers of an SM: the assembler drops it where it knows no bound on a kernel's threads, and the
+emulator, which waits for registers as an SM does, takes it that a kernel begins with as many as fit.
 
 nvdisasm is NVIDIA's (package nvidia-cuda-nvdisasm, or on the PATH). A main loop is one that holds an MMA or an
 exponential. wgmma is serialised where the assembler waits for each (HGMMA) before it issues the next.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import math
 import re
 import shutil
 import struct
@@ -30,6 +33,10 @@ EXPONENTIAL = re.compile(r"\bMUFU\.EX2")
 LOCAL = re.compile(r"\b(LDL|STL)\b")
 WGMMA = re.compile(r"\bHGMMA|\bQGMMA")
 WGMMA_WAIT = re.compile(r"\bWARPGROUP\.DEPBAR")
+SETMAXNREG = re.compile(r"\bUSETMAXREG\b")
+THREADS = re.compile(r"\.(?:req|max)ntid (\d+)(?:, (\d+))?(?:, (\d+))?")
+SM_REGISTERS, REGISTERS_STEP = 65536, 8
+DROPPED = -1
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(.*?);")
 LABEL = re.compile(r"^\s*(\.L_x?_?\d+|\.L[\w.$]*):")
 BRANCH = re.compile(r"\bBRA(?:\.\w+)*\b.*?`\(([^)]+)\)")
@@ -37,11 +44,16 @@ BRANCH = re.compile(r"\bBRA(?:\.\w+)*\b.*?`\(([^)]+)\)")
 
 @dataclass(frozen=True)
 class Audit:
-    """One kernel. bytes and counts; loops: those with MMA or exponentials."""
+    """One kernel. bytes and counts; loops: those with MMA or exponentials.
+
+    registers  of a thread at launch
+    dealt_out  the same as setmaxnreg needs it: as many as fit an SM; 0 without setmaxnreg, DROPPED if the assembler did
+    """
 
     name: str
     config: str
     registers: int
+    dealt_out: int
     stack_bytes: int
     code_bytes: int
     loops: int
@@ -58,6 +70,10 @@ class Audit:
             found.append(f"{self.local_in_loops} local-memory instructions in main loops")
         if self.serialised_wgmma:
             found.append(f"{self.serialised_wgmma} serialised wgmma")
+        if self.dealt_out == DROPPED:
+            found.append("setmaxnreg without effect")
+        elif self.dealt_out not in (0, self.registers):
+            found.append(f"{self.registers} registers at launch, not {self.dealt_out}, for setmaxnreg to deal out")
         return found
 
 
@@ -134,6 +150,16 @@ def serialised(code: list[str], ranges: list[tuple[int, int]]) -> int:
     return total
 
 
+def dealt_out(ptx: str, code: list[str]) -> int:
+    """`Audit.dealt_out` of a module with one kernel."""
+    if "setmaxnreg." not in ptx:
+        return 0
+    threads = THREADS.search(ptx)
+    if threads is None or not any(SETMAXNREG.search(text) for text in code):
+        return DROPPED
+    return SM_REGISTERS // math.prod(int(size or 1) for size in threads.groups()) // REGISTERS_STEP * REGISTERS_STEP
+
+
 # ---- The cubin: an ELF file whose .nv.info sections hold what the driver must know ----------------------------------
 
 SHT_CUDA_INFO = 0x70000000
@@ -180,6 +206,7 @@ def audit(kernel: kernels.Compiled) -> Audit:
         name=kernel.name,
         config=str(kernel.config),
         **resources(kernel.cubin),
+        dealt_out=dealt_out(kernel.ptx, code),
         loops=len(hot),
         local_in_loops=count(LOCAL, code, hot),
         serialised_wgmma=serialised(code, hot),

@@ -54,3 +54,23 @@ def test_spills_and_waits_are_found_in_loops_alone():
     assert loops == [(1, 8)]
     assert sass.count(sass.LOCAL, code, loops) == 1
     assert sass.serialised(code, loops) == 3
+
+
+PTX = """
+.visible .entry kernel()
+.reqntid 384, 1, 1
+{
+    setmaxnreg.dec.sync.aligned.u32 40;
+}
+"""
+
+
+def test_registers_that_setmaxnreg_cannot_deal_out_are_found():
+    code = ["USETMAXREG.DEALLOC.CTAPOOL 0x28 ", "EXIT "]
+    assert sass.dealt_out(PTX, code) == 168
+    assert sass.dealt_out(PTX, ["EXIT "]) == sass.DROPPED
+    assert sass.dealt_out("ret;", ["EXIT "]) == 0
+    fields = dict.fromkeys(sass.Audit.__annotations__, 0)
+    faults = {taken: sass.Audit(**fields | dict(registers=taken, dealt_out=168)).faults for taken in (168, 160)}
+    assert not faults[168] and "160 registers" in faults[160][0]
+    assert sass.Audit(**fields | dict(registers=168, dealt_out=sass.DROPPED)).faults == ["setmaxnreg without effect"]
