@@ -88,7 +88,7 @@ class MissingProxyFence(EmulatorError):
 
 
 class BarrierError(EmulatorError):
-    """Misuse of a barrier: before its initialisation, too many arrivals, wrong counts."""
+    """Misuse of a barrier: before its initialisation, too many arrivals, wrong counts, a phase that a wait may miss."""
 
 
 class TensorMemoryError(EmulatorError):

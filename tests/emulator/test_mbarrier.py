@@ -112,6 +112,32 @@ def test_a_waiting_warp_sees_what_was_written_before_the_arrival(run):
     assert start(run, body, words=32, block=64) == list(range(32))
 
 
+# Warp 0 arrives twice, with time between; warp 1 waits for the first phase.
+TWO_PHASES = """
+    setp.ge.u32 %p2, %r0, 32; @%p2 bra CONSUMER;
+    @%p0 mbarrier.arrive.shared.b64 _, [%r1];
+    mov.u32 %r3, 2000; SPIN: sub.u32 %r3, %r3, 1; setp.ne.u32 %p3, %r3, 0; @%p3 bra SPIN;
+    {between}
+    @%p0 mbarrier.arrive.shared.b64 _, [%r1]; bra END;
+    CONSUMER: mbarrier.try_wait.parity.shared.b64 %p1, [%r1], 0; @!%p1 bra CONSUMER;
+    {behind}
+    END:
+"""
+
+
+@IN_EVERY_ORDER
+def test_a_phase_that_may_be_over_before_a_warp_waits_for_it_is_refused(run):
+    with pytest.raises(emulator.errors.BarrierError, match="not ordered after the wait by warp 1 .* for the phase before"):
+        start(run, init(1) + TWO_PHASES.format(between="", behind=""), block=64)
+
+
+@IN_EVERY_ORDER
+def test_a_phase_that_a_waiting_warp_lets_complete_is_not(run):
+    wait = "BACK: mbarrier.try_wait.parity.shared.b64 %p1, [%r1+8], 0; @!%p1 bra BACK;"
+    body = TWO_PHASES.format(between=wait, behind="mbarrier.arrive.shared.b64 _, [%r1+8];")
+    start(run, init(1) + init(32, 8) + body, block=64)
+
+
 @IN_EVERY_ORDER
 def test_a_loop_that_polls_sees_an_asynchronous_copy_complete(run):
     body = init(1) + """

@@ -257,6 +257,13 @@ enum class Order : uint8_t { eager, late, random };
 // ---------------------------------------------------------------------------------------------------------
 // Barriers
 
+// A wait on an mbarrier that has passed: who waited, and how far it was.
+struct PassedWait {
+  ActorId actor = 0;
+  uint32_t epoch = 0;
+  uint32_t warp = 0, cta_rank = 0, statement = 0;  // for messages
+};
+
 struct MBarrier {
   bool initialised = false;
   uint32_t expected = 0;       // arrival count of each phase
@@ -268,6 +275,7 @@ struct MBarrier {
   uint32_t init_epoch = 0, init_warp = 0, init_statement = 0;
   Clock arrivals;              // joined from every arrival
   Clock completed;             // what a successful wait learns
+  std::vector<PassedWait> passed;  // of the phase that completed last; the last of each warp
   std::vector<uint32_t> contributors, heard;  // statements that arrived in this phase, and in the completed ones
 };
 

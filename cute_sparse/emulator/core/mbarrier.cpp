@@ -52,8 +52,42 @@ uint64_t token_pending(uint64_t token) { return token & MAX_COUNT; }
 // ---------------------------------------------------------------------------------------------------------
 // The barrier itself
 
-void complete_phase_if_due(Cluster& cluster, MBarrier& b) {
+// Whether the wait is known to have passed: from the warp, from some of its lanes, or from what it issued behind it.
+bool knows(const Cluster& cluster, const Clock& clock, const PassedWait& wait) {
+  if (clock.at(wait.actor) >= wait.epoch) return true;
+  const auto by_lanes = [&](const LaneKnowledge& k) { return k.actor == wait.actor && k.seen >= wait.epoch; };
+  const auto by_signal = [&](const Signal& s) { return s.issued >= wait.epoch && clock.at(s.actor) >= s.epoch; };
+  const auto& signals = cluster.ctas[wait.cta_rank]->warps[wait.warp].order.signals;
+  return std::any_of(clock.partial.begin(), clock.partial.end(), by_lanes) ||
+         std::any_of(signals.begin(), signals.end(), by_signal);
+}
+
+// Who waits for a phase by its parity must do so before the next one completes: later, the parity says that it has not,
+// and the wait may be for ever. What completes the next phase must therefore know of each wait, however early it came
+// this time.
+void check_passed_waits(Cluster& cluster, MBarrier& b, uint32_t address, const Warp* warp) {
+  for (const PassedWait& wait : b.passed) {
+    if (knows(cluster, b.arrivals, wait)) continue;
+    const Statement& statement = cluster.ctas[0]->warps[0].program->text->statements[wait.statement];
+    fail(warp, ErrorKind::barrier,
+         "phase " + std::to_string(b.phase) + " of " + name_of(address) + " completes, not ordered after the wait by "
+         "warp " + std::to_string(wait.warp) + " of CTA rank " + std::to_string(wait.cta_rank) + " for the phase "
+         "before (PTX line " + std::to_string(statement.line) + ": " + statement.text +
+         "): had that come later, it would not have seen its phase");
+  }
+  b.passed.clear();
+}
+
+void remember_wait(const Warp& w, MBarrier& b, uint32_t statement) {
+  auto same = [&](const PassedWait& wait) { return wait.actor == w.actor; };
+  auto found = std::find_if(b.passed.begin(), b.passed.end(), same);
+  if (found == b.passed.end()) found = b.passed.insert(found, PassedWait{});
+  *found = {w.actor, w.clock.at(w.actor), w.index, w.cta->rank, statement};
+}
+
+void complete_phase_if_due(Cluster& cluster, MBarrier& b, uint32_t address, const Warp* warp) {
   if (b.pending != 0 || b.tx_bytes != 0) return;
+  if (cluster.race.enabled) check_passed_waits(cluster, b, address, warp);
   ++b.phase;
   b.pending = b.expected;
   b.heard.swap(b.contributors);
@@ -114,7 +148,7 @@ void count_arrivals(Cluster& cluster, MBarrier& b, uint32_t address, uint64_t co
   contribute(cluster, b, warp);
   if (cluster.trace) cluster.trace->note(Note::Kind::arrive, BarrierSpace::mbarrier, address, b.phase);
   b.pending -= int64_t(count);
-  complete_phase_if_due(cluster, b);
+  complete_phase_if_due(cluster, b, address, warp);
 }
 
 void add_transactions(Cluster& cluster, MBarrier& b, uint32_t address, int64_t bytes, const Warp* warp) {
@@ -124,7 +158,7 @@ void add_transactions(Cluster& cluster, MBarrier& b, uint32_t address, int64_t b
   if (b.tx_bytes > MAX_TX || b.tx_bytes < -MAX_TX)
     fail(warp, ErrorKind::barrier, "the transaction count of " + name_of(address) + " reaches " +
                                        std::to_string(b.tx_bytes) + "; its range is +-" + std::to_string(MAX_TX));
-  complete_phase_if_due(cluster, b);
+  complete_phase_if_due(cluster, b, address, warp);
 }
 
 MBarrier& find_barrier(Cluster& cluster, uint32_t address, const Warp* warp) {
@@ -371,7 +405,9 @@ Step exec_wait(Warp& w, const Instr& i) {
   if (ready && w.cluster->race.enabled)
     for_addresses(w, i, [&](uint32_t address, uint32_t lanes) {
       if (!(lanes & ready)) return;
-      const Clock& completed = w.cluster->mbarrier(address, &w).completed;
+      MBarrier& b = w.cluster->mbarrier(address, &w);
+      remember_wait(w, b, i.statement);
+      const Clock& completed = b.completed;
       if (spec.relaxed) w.order.unfenced.join(completed); else acquire(w, completed);
     });
   uint32_t& result = w.pred(i.d[0]);

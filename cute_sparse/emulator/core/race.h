@@ -56,6 +56,14 @@ struct LanesWaited {
   uint32_t lanes = 0;
 };
 
+// An asynchronous operation that a warp issued at its epoch `issued`, and that signals an mbarrier: who knows the
+// mbarrier's `epoch` knows that the warp had come so far.
+struct Signal {
+  uint32_t issued = 0;
+  ActorId actor = 0;
+  uint32_t epoch = 0;
+};
+
 // What a warp keeps beside its clock (spaces.cpp, barrier.cpp).
 struct WarpOrder {
   Clock fenced;                // published by a later .relaxed arrival: what a fence has released
@@ -68,6 +76,7 @@ struct WarpOrder {
   std::array<uint32_t, 16> barrier_arrivals{};  // by named barrier: the use, from 1 on, of the warp's last bar.arrive
   uint32_t converged = 0;      // the warp's epoch up to which bar.warp.sync or a CTA barrier has joined its lanes
   bool lanes_differ = false;   // since then, lanes have done or learnt what others may not know
+  std::vector<Signal> signals;  // the latest
 };
 
 // The proxy of an access. `async`: shared or global memory read or written by TMA, bulk copies, wgmma or tcgen05

@@ -283,13 +283,22 @@ void report(Warp& warp, const Conflict& conflict, const char* space, int lane) {
                       site);
 }
 
+static void remember_signal(Warp& warp, const Signal& signal) {
+  constexpr size_t AT_LEAST = 64;  // more than a ring has slots
+  auto& signals = warp.order.signals;
+  if (signals.size() == 2 * AT_LEAST) signals.erase(signals.begin(), signals.begin() + AT_LEAST);
+  signals.push_back(signal);
+}
+
 Stamp signal_stamp(Warp& warp, uint32_t address) {
   const MBarrier& barrier = warp.cluster->mbarrier(address, &warp);
   if (warp.cluster->race.enabled && warp.clock.proxied_at(barrier.init_actor) < barrier.init_epoch)
     warp.fail(ErrorKind::missing_proxy_fence,
               "signals the mbarrier at " + hex(address) + " through the async proxy, but no fence.mbarrier_init or "
               "fence.proxy.async follows its mbarrier.init by warp " + std::to_string(barrier.init_warp));
-  return {barrier.actor, uint32_t(barrier.phase + 1), Proxy::async, true};
+  const uint32_t epoch = uint32_t(barrier.phase + 1);
+  remember_signal(warp, {warp.clock.at(warp.actor), barrier.actor, epoch});
+  return {barrier.actor, epoch, Proxy::async, true};
 }
 
 // ---------------------------------------------------------------------------------------------------------
