@@ -20,6 +20,7 @@ from cute_sparse.emulator.patches import Patches
 
 DSL_PACKAGE = "nvidia-cutlass-dsl"
 DSL_VERSION = "4.8.1"
+FFI_PACKAGE = "apache-tvm-ffi"
 ARCHES = {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_103a": (10, 3)}  # compute capability
 
 _entered: Device | None = None
@@ -160,16 +161,24 @@ class Device:
 
 
 def require_dsl() -> None:
-    """Raises UnsupportedVersion unless the pinned DSL is installed."""
-    try:
-        found = metadata.version(DSL_PACKAGE)
-    except metadata.PackageNotFoundError:
-        found = "no version"
+    """Raises UnsupportedVersion unless the pinned DSL is installed, and the package that its hooked classes need."""
+    found = _installed(DSL_PACKAGE)
     if found != DSL_VERSION:
         raise errors.UnsupportedVersion(
             f"cute_sparse.emulator hooks into {DSL_PACKAGE} {DSL_VERSION}, and {found} is installed: "
             f"pip install {DSL_PACKAGE}=={DSL_VERSION}"
         )
+    if _installed(FFI_PACKAGE) == "no version":
+        raise errors.UnsupportedVersion(
+            f"cute_sparse.emulator needs {FFI_PACKAGE}, which is not installed: pip install 'cute-sparse[emulator]'"
+        )
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "no version"
 
 
 def load_core() -> Core:

@@ -163,7 +163,7 @@ class UnknownArch(EmulatorError, ValueError):
 
 
 class UnsupportedVersion(EmulatorError):
-    """A version of nvidia-cutlass-dsl whose private classes the emulator does not know."""
+    """A version of nvidia-cutlass-dsl whose private classes the emulator does not know, or without what they need."""
 
 
 class BuildError(EmulatorError):

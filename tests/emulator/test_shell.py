@@ -305,6 +305,12 @@ def test_another_dsl_version_is_refused_by_name(monkeypatch):
         devices.require_dsl()
 
 
+def test_a_package_alone_names_the_extra_that_the_emulator_needs(monkeypatch):
+    monkeypatch.setattr(devices, "FFI_PACKAGE", "a-package-that-nobody-has")
+    with pytest.raises(errors.UnsupportedVersion, match=r"nobody-has, which is not installed.*cute-sparse\[emulator\]"):
+        devices.require_dsl()
+
+
 def test_tensors_elsewhere_are_refused(device):
     with pytest.raises(errors.WrongDevice, match="meta"):
         from_dlpack(torch.empty(4, device="meta"))
