@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -20,7 +22,7 @@ class GpuTarget:
         self.index, self.arch = index, arch
         self.emulated = _emulator_plays_cuda()
         self.sms = torch.cuda.get_device_properties(index).multi_processor_count
-        self._memory = ZeroedMemory(torch.device("cuda", index))
+        self._memory = ZeroedMemory(torch.device("cuda", index), lasting=self._lasting_zeros)
 
     @contextlib.contextmanager
     def _switched(self) -> Iterator[None]:
@@ -29,6 +31,19 @@ class GpuTarget:
 
     def ready(self, names, tensors) -> contextlib.AbstractContextManager:
         return _NOTHING if torch.cuda.current_device() == self.index else self._switched()
+
+    def _lasting_zeros(self, size_bytes: int) -> torch.Tensor:
+        """Asked for by a thread of its own: the caller's may take memory from a pool that is lent for a while only, as
+        what torch.compile(mode="reduce-overhead") warms up does, which must leave nothing there but its results."""
+        if self.emulated:
+            return _zeros(size_bytes, self._memory.device)
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(self._zeros_by_now, size_bytes).result()
+
+    def _zeros_by_now(self, size_bytes: int) -> torch.Tensor:
+        memory = _zeros(size_bytes, self._memory.device)
+        torch.cuda.current_stream(self.index).synchronize()  # of this thread, and not the launch's
+        return memory
 
     def stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.index)
@@ -85,24 +100,38 @@ class ZeroedMemory:
     STREAMS_MAX = 1024
     LEAST_BYTES = 4096
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, lasting: Callable[[int], torch.Tensor] | None = None) -> None:
+        """lasting: zeroed memory of at least so many bytes that is no part of a graph; by default a plain tensor."""
         self.device = device
         self.of_stream: dict[int, torch.Tensor] = {}
+        self._lasting = lasting or functools.partial(_zeros, device=device)
+        self._outgrown: list[torch.Tensor] = []  # which launches may still use; together smaller than what replaced it
+        self._growing = threading.Lock()
 
     def of(self, stream: int, size_bytes: int, capturing: bool) -> torch.Tensor:
         """At least as many bytes, for a launch on this stream, which must be the current one."""
         if capturing:
-            return self._zeros(size_bytes)
+            return _zeros(size_bytes, self.device)
         memory = self.of_stream.get(stream)
         if memory is None or memory.numel() * 4 < size_bytes:
-            if memory is None and len(self.of_stream) >= self.STREAMS_MAX:
-                raise RuntimeError(f"kernels were launched on more than {self.STREAMS_MAX} CUDA streams of one device")
-            # The smaller one goes back to the allocator, which gives it to later work of this stream.
-            memory = self.of_stream[stream] = self._zeros(max(self.LEAST_BYTES, 1 << (size_bytes - 1).bit_length()))
+            with self._growing:
+                memory = self._larger(stream, size_bytes)
         return memory
 
-    def _zeros(self, size_bytes: int) -> torch.Tensor:
-        return torch.zeros(-(-size_bytes // 4), dtype=torch.int32, device=self.device)
+    def _larger(self, stream: int, size_bytes: int) -> torch.Tensor:
+        memory = self.of_stream.get(stream)
+        if memory is not None and memory.numel() * 4 >= size_bytes:
+            return memory  # by another thread
+        if memory is not None:
+            self._outgrown.append(memory)
+        elif len(self.of_stream) >= self.STREAMS_MAX:
+            raise RuntimeError(f"kernels were launched on more than {self.STREAMS_MAX} CUDA streams of one device")
+        memory = self.of_stream[stream] = self._lasting(max(self.LEAST_BYTES, 1 << (size_bytes - 1).bit_length()))
+        return memory
+
+
+def _zeros(size_bytes: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(-(-size_bytes // 4), dtype=torch.int32, device=device)
 
 
 @functools.cache

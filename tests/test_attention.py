@@ -349,3 +349,18 @@ def test_a_captured_graph_takes_new_inputs_and_thresholds_at_each_replay():
         captured.fill_(math.nan)
         graph.replay()
         torch.testing.assert_close(captured, call(case, inputs), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_call_that_torch_compile_captures_equals_the_eager_one():
+    """Its warm-up takes memory from the graph's pool, in which nothing but results may be left."""
+    reason = reason_to_skip("gpu")
+    if reason is not None:
+        pytest.skip(reason)
+    case = Case(lengths_q=(1024, 1024), lengths_k=(1024, 1024), heads_q=16, causal=True, threshold="heads")
+    inputs = make_inputs(case, device="cuda")
+    compiled = torch.compile(lambda: call(case, inputs) * 2, backend="cudagraphs")
+    for _ in range(4):  # warms up, captures, replays
+        inputs.q.copy_(inputs.q.flip(1))
+        torch.testing.assert_close(compiled(), call(case, inputs) * 2, rtol=0, atol=0)
+    torch.compiler.reset()

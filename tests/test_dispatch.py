@@ -589,6 +589,30 @@ def test_zeroed_memory_grows():
     large = memory.of(0, 50000, capturing=False)
     assert large.nbytes >= 50000 > small.nbytes and not large.any()
     assert memory.of(0, 8, capturing=False) is large
+    assert memory._outgrown[0] is small, "a launch on another stream than the allocator knows may still use it"
+
+
+def test_memory_that_outlasts_a_call_is_asked_for_by_a_thread_of_its_own(monkeypatch):
+    """PyTorch lends a thread's allocations to a pool while torch.compile warms up what it will capture."""
+    zeroed, synchronised = [], []
+
+    def zeros(size_bytes: int, device: torch.device) -> torch.Tensor:
+        zeroed.append(threading.get_ident())
+        return torch.zeros(size_bytes, dtype=torch.uint8)
+
+    stream = SimpleNamespace(synchronize=lambda: synchronised.append(threading.get_ident()))
+    monkeypatch.setattr(targets, "_zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=132))
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    target = targets.GpuTarget(0, "sm_90a")
+    memory = target.zeroed(7, 8)
+    assert target.zeroed(7, 8) is memory
+    assert zeroed == synchronised and zeroed[0] != threading.get_ident()
+    capturing = True
+    assert target.zeroed(7, 8) is not memory
+    assert zeroed[1:] == [threading.get_ident()], "a graph's own memory comes from its pool"
 
 
 def test_a_launch_that_is_captured_gets_zeroed_memory_of_its_own():
