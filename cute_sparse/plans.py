@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +28,18 @@ class Result(NamedTuple):
 
 # ---- The reference -----------------------------------------------------------------------------------------------
 
-_in_the_types_asked_for = torch.autocast("cpu", enabled=False)  # kernels do not heed a caller's autocast either
+
+def _in_the_types_asked_for(run: Callable) -> Callable:
+    """Kernels do not heed a caller's autocast either. Each call has an instance of its own, which keeps what it found:
+    another thread's would leave this one with that thread's autocast."""
+
+    @functools.wraps(run)
+    def run_without_autocast(*arguments) -> Result:
+        with torch.autocast("cpu", enabled=False):
+            return run(*arguments)
+
+    return run_without_autocast
+
 
 
 class ReferencePlan:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 import cute_sparse
-from cute_sparse import inputs
+from cute_sparse import inputs, reference
 
 
 def tensors(batch=2, seqlen_q=20, seqlen_k=30, heads_q=4, heads_kv=2, head_dim=16, head_dim_v=16, dtype=torch.bfloat16):
@@ -394,6 +395,26 @@ def test_the_reference_does_not_depend_on_what_surrounds_it(context):
         got = list(results())
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one.out, other.out) and torch.equal(one.lse, other.lse)
+
+
+def test_another_thread_s_autocast_stays_with_it(monkeypatch):
+    """A call of a thread with autocast, from its begin to its end while one without is computed."""
+    attention = reference.attention
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def call_with_autocast():
+        call()
+
+    def attention_meanwhile(*arguments, **options):
+        monkeypatch.setattr(reference, "attention", attention)
+        thread = threading.Thread(target=call_with_autocast)
+        thread.start()
+        thread.join()
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(reference, "attention", attention_meanwhile)
+    call()
+    assert reference.attention is attention and not torch.is_autocast_enabled("cpu")
 
 
 def test_a_device_without_a_kernel_is_named():
