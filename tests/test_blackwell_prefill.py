@@ -30,6 +30,7 @@ from cute_sparse.kernels.blackwell.prefill import DECISIONS, Prefill
 from cutlass import Float32, Int32
 
 from cute_sparse import emulator
+from cute_sparse.device.schedule import TileOrder, dealt
 from cute_sparse.launch import Launcher
 from cute_sparse.operands import Operand
 
@@ -182,6 +183,18 @@ def test_pairs_of_ctas_with_a_work_tile_each_and_pairs_that_compute_several(name
     assert launch.cluster == (2, 1, 1)
     assert ctas == 0 or launch.grid[0] <= ctas
     check(case, inputs, got)
+
+
+def test_work_tiles_that_are_dealt_out_are_dealt_evenly():
+    blocks, heads, hands = 64, 12, 37
+    order = TileOrder(blocks, heads, 1, heads_per_group=3, longest_first=True, turning=True)
+    tiles = [order.tile(number) for number in range(blocks * heads)]
+    assert len({(int(tile.m_block), int(tile.head_idx)) for tile in tiles}) == len(tiles)
+    keys = [0] * hands  # under a causal mask, in blocks
+    for round_ in range(-(-len(tiles) // hands)):
+        for hand in range(hands):
+            keys[hand] += sum(int(tile.m_block) + 1 for tile in tiles[dealt(round_, hand, hands) :][:1])
+    assert max(keys) < 1.01 * sum(keys) / hands
 
 
 def test_what_a_config_cannot_do_for_a_problem_is_refused_by_name():

@@ -43,7 +43,8 @@ class TileOrder:
     Heads (of all sequences, one after the other) go in groups of `heads_per_group`, whose K and V should fit
     the L2 cache together; within a group, each block of rows visits all its heads before the next block.
     `longest_first` takes the last rows first: under a causal mask they have the most keys, and short tiles at
-    the end leave the least idle.
+    the end leave the least idle. `turning` lets every second group, counted from the last, go the other way, so that
+    the tiles of a round of `StaticTiles` are about equally long where one group ends and the next begins.
 
     A packed batch may be numbered as if every sequence had `m_blocks` blocks; then those past a sequence's end
     have no rows. Given `cu_seqlens_q` and the rows of a block, one that claims rising numbers can instead number
@@ -55,6 +56,7 @@ class TileOrder:
     batch: Any
     heads_per_group: Any
     longest_first: cutlass.Constexpr[bool]
+    turning: cutlass.Constexpr[bool] = False
     cu_seqlens_q: Any = None
     block_rows: cutlass.Constexpr[int] = 0
 
@@ -108,12 +110,20 @@ class TileOrder:
         heads = cutlass.min(self.heads_per_group, all_heads - first_head)
         block = _divided(in_group, heads)
         m_block = m_blocks - 1 - block if const_expr(self.longest_first) else block
+        if const_expr(self.turning):
+            groups_behind = _divided(all_heads - 1, self.heads_per_group) - group
+            m_block = _every_second_mirrored(groups_behind, m_block, m_blocks)
         return m_block, first_head + (in_group - block * heads)
 
 
 def _divided(numerator, denominator) -> Int32:
     """Quotient of two non-negative int32; unsigned division takes fewer instructions."""
     return Int32(Uint32(numerator) // Uint32(denominator))
+
+
+def _every_second_mirrored(turn, index, size):
+    """An index below `size`, counted from the other end if `turn` is odd."""
+    return index + (turn & 1) * (size - 1 - 2 * index)
 
 
 def heads_in_cache(cache_bytes: int, kv_bytes_per_token: int, seqlen_k, group, all_heads):
@@ -201,10 +211,15 @@ class StaticTiles:
     def _dealt(self, round_: Int32):
         ctas, _, _ = cute.arch.grid_dim()
         hands, hand = _divided(ctas, self.ctas_per_tile), _cluster_number(self.ctas_per_tile)
-        number = round_ * hands + cutlass.select_(round_ % 2 == 0, hand, hands - 1 - hand)
+        number = dealt(round_, hand, hands)
         tile = self.order.tile(number)
         m_block = cutlass.select_(number < self.order.total, tile.m_block, Int32(NO_TILE))
         return WorkTile(m_block, tile.head_idx, tile.batch_idx), Claim(consumer_cursor(), round_, self.order.start())
+
+
+def dealt(round_, hand, hands):
+    """The number that `hand` of `hands` gets in a round."""
+    return round_ * hands + _every_second_mirrored(round_, hand, hands)
 
 
 @dataclass(frozen=True)

@@ -278,8 +278,7 @@ def _one_query_tile(problem: Problem, exp2_emulated: int, pair: bool) -> Config 
         v_stages=stages[1],
         p_early_columns=96,
         exp2_emulated=exp2_emulated,
-        # A pair that stays spills 4 bytes, outside its loops, under a causal mask.
-        ctas=0 if pair and problem.mask == "causal" or not may_stay(problem) else SMS,
+        ctas=SMS if may_stay(problem) else 0,
         cta_pair=pair,
         hold_v_after=HOLD_V_AFTER[1] if problem.sparsity else 0,
         first_early=_first_early(problem),

@@ -420,6 +420,7 @@ class Prefill:
             batch=prefill.batch,
             heads_per_group=in_cache // heads,
             longest_first=problem.mask != "full",
+            turning=problem.mask != "full" and self.persistent and not self.dynamic,
         )
         self.storage = shared_storage(config, dtype, sQ_layout, sK_layout, sV_layout)
         operands = Operands(
