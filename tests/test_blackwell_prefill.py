@@ -156,16 +156,19 @@ def test_one_cta_that_computes_all_work_tiles(name, order, configured):
 # The CTAs of a pair have two query heads of a group in common, or where a group is an odd number, twice the rows.
 PAIRED = {
     "heads": Case(lengths_q=(200,) * 2, lengths_k=(150,) * 2, heads_q=4, heads_kv=2),
-    "heads, causal": Case(lengths_q=(200,) * 2, lengths_k=(333,) * 2, heads_q=4, heads_kv=2, causal=True),
     "rows": Case(lengths_q=(600,), lengths_k=(300,), heads_q=3, heads_kv=3),
-    "rows, causal": Case(lengths_q=(700,), lengths_k=(600,), heads_q=3, heads_kv=1, causal=True),
-    "rows, the second CTA has none": Case(lengths_q=(100,), lengths_k=(300,), heads_q=1, causal=True),
+    "rows, the second CTA has none": Case(
+        lengths_q=(100,), lengths_k=(300,), heads_q=1, head_dim=192, head_dim_v=128, causal=True
+    ),
     "head dim 256": Case(lengths_q=(300,), lengths_k=(500,), head_dim=256, head_dim_v=256),
     "head dim 256, rows, causal": Case(
         lengths_q=(600,), lengths_k=(600,), heads_q=1, head_dim=256, head_dim_v=256, causal=True
     ),
+    "head dim 192 and 128, heads, causal": Case(
+        lengths_q=(200,) * 2, lengths_k=(333,) * 2, heads_q=4, heads_kv=2, head_dim=192, head_dim_v=128, causal=True
+    ),
     "head dim 192 and 128, rows, causal": Case(
-        lengths_q=(600,), lengths_k=(600,), heads_q=1, head_dim=192, head_dim_v=128, causal=True
+        lengths_q=(700,), lengths_k=(600,), heads_q=3, heads_kv=1, head_dim=192, head_dim_v=128, causal=True
     ),
 }
 
