@@ -18,7 +18,7 @@ from cute_sparse.targets import Target
 
 
 class Result(NamedTuple):
-    """lse, tile_counts and skip_map are None where the problem does not ask for them."""
+    """lse is None where the problem does not ask for it; so are a kernel's tile_counts and skip_map."""
 
     out: torch.Tensor
     lse: torch.Tensor | None
@@ -89,8 +89,6 @@ def _reference_options(request: Request | DecodeRequest, q, given_threshold, sin
 def _reference_result(computed, problem: Problem, q: torch.Tensor, out: torch.Tensor | None) -> Result:
     out = computed.out.to(q.dtype) if out is None else out.copy_(computed.out)
     lse = computed.lse.float() if problem.return_lse else None
-    if not problem.return_stats:
-        return Result(out, lse, None, None)
     return Result(out, lse, computed.tile_counts, computed.skip_map)
 
 
