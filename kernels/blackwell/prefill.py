@@ -4,6 +4,9 @@ q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_k, heads_kv, head_dim),
 packed tokens with cu_seqlens. Each query tile of 128 rows walks its KV tiles from the last to the first (the first
 one early where tiles are skipped, `TileGeometry`) with the online softmax in base 2; a KV tile whose scores all lie
 ln(lambda) below the rows' running maxima is skipped: no exponential, no P V.
+
+Where the skip is: `Prefill._softmax_tile` decides (`_vote`); `_multiply_work` asks before each P V (`_kept`), `load`
+before V (`_wanted`); both read what the softmax warps have voted (`_say`).
 """
 
 from dataclasses import dataclass
@@ -214,24 +217,24 @@ class Step(NamedTuple):
     kept: Any  # (1,) int32 register: KV tiles kept so far
 
 
-class Operand(NamedTuple):
-    """Descriptors of one operand in shared memory."""
-
-    first: Any  # of the first instruction, slot 0
-    steps: Any  # per instruction, what to add
-    slot_stride: Any
-
-    def of_slot(self, index: Int32) -> Int64:
-        """The descriptor of the first instruction of a ring's slot."""
-        return self.first + Int64(index * self.slot_stride)
-
-
 class Fragments(NamedTuple):
     """The operands of both products that are in shared memory."""
 
-    q: Operand
-    k: Operand
-    v: Operand
+    q: umma.Operand
+    k: umma.Operand
+    v: umma.Operand
+
+
+class Products(NamedTuple):
+    """What stays the same while the MMA thread walks the KV tiles of a work tile; lists have one entry a query tile."""
+
+    fragments: Fragments
+    pipes: Pipes
+    tiles: Tiles
+    work: Work
+    sizes: list  # KV tiles
+    counts: list  # KV tiles in the work tiles before
+    work_parity: Any  # one bit a query tile: of work tiles in which it has KV tiles
 
 
 class Prefill:
@@ -309,9 +312,13 @@ class Prefill:
     (d128, full mask, clocks for 128 keys of two query tiles, everything kept) this takes 2106 to 2152 and the dense
     kernel without pairs 2103; with a vote that holds all four warps, read beside P, it was 2183.
       Where the query tiles disagree, the way from S to P V and back to S takes longest: of tiles that only one of them
-    keeps, 2034. Tried: an MMA thread for each query tile, so that neither waits for the other's P: 2546, because Q K^T
-    of the one gets into the way of the other (both keep every other tile: 1986 and 1982, in turn: 2104 and 1993); query
-    tile 1's next Q K^T first where only query tile 0 has a P to wait for: 2500, and 2901 instead of 2131 with all kept.
+    keeps, 2034, of which its two products are 1024, and 1010 what lies between them: 100 until S is known to be there,
+    130 to load it, 190 for maximum and vote, 485 for 96 columns of P, 60 to hand them over. Tried: an MMA thread for
+    each query tile, so that neither waits for the other's P: 2546, because Q K^T of the one gets into the way of the
+    other (both keep every other tile: 1986 and 1982, in turn: 2104 and 1993); query tile 1's next Q K^T first where
+    only query tile 0 has a P to wait for: 2500, and 2901 instead of 2131 with all kept. P released in three or four
+    parts: 2018 and 2113, but 2186 and 2368 instead of 2100 with all kept, because the products then wait within P V;
+    exponentials of the last 32 columns emulated, too: 2070 and 2154; votes by all lanes, none elected: 2020 and 2115.
       V of a tile that both query tiles skip is not fetched behind a run of such tiles: the load warp fetches ahead
     until it has seen `hold_v_after` tiles in a row that nobody wanted, then waits for each vote (`decided`) before it
     fetches, until a tile is wanted again, whose load then takes longer than its exponentials. What it sees are votes of
@@ -467,31 +474,30 @@ class Prefill:
             tmem.allocate(storage.tmem_base.ptr, self.pair)
         cute.arch.mbarrier_init_fence()
         self._sync_ctas()
-        base = tmem.BASE
         schedule = self._schedule(op, storage)
 
         if warp < config.softmax_warps:
             cute.arch.setmaxregister_increase(config.registers_softmax)
-            self.softmax(op, pipes, tiles, schedule, base)
+            self.softmax(op, pipes, tiles, schedule)
         elif warp < config.mma_warp:
             cute.arch.setmaxregister_decrease(config.registers_correction)
             pipes, tiles, schedule = self._own_views(op, storage)
-            self.correct(op, pipes, tiles, schedule, base)
+            self.correct(op, pipes, tiles, schedule)
         else:
             cute.arch.setmaxregister_decrease(config.registers_other)
             pipes, tiles, schedule = self._own_views(op, storage)
             if warp == config.mma_warp:
                 if self._leads():
                     if const_expr(self.one_tile):
-                        self.multiply_one_tile(op, pipes, tiles, schedule, base)
+                        self.multiply_one_tile(op, pipes, tiles, schedule)
                     else:
-                        self.multiply(op, pipes, tiles, schedule, base)
+                        self.multiply(op, pipes, tiles, schedule)
             elif warp == config.load_warp:
                 self.load(op, pipes, tiles, schedule)
 
         self._sync_ctas()
         if warp == config.mma_warp:
-            tmem.deallocate(base, self.pair)
+            tmem.deallocate(tmem.BASE, self.pair)
 
     # ------------------------------------------------------------------------------------------------ load
 
@@ -643,7 +649,7 @@ class Prefill:
     # ------------------------------------------------------------------------------------------------ mma
 
     @cute.jit
-    def multiply(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
+    def multiply(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule):
         """Two query tiles. Of each work tile one thread does everything: it waits, issues and commits."""
         fragments = self._fragments(op, tiles)
         k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
@@ -655,9 +661,8 @@ class Prefill:
             work = self._work(op, tile)
             sizes = [r.end - r.begin for r in work.ranges]
             if umma.elected():
-                k_cursor, v_cursor, p_parity = self._multiply_work(
-                    fragments, pipes, tiles, base, work, sizes, counts, k_cursor, v_cursor, p_parity, work_parity
-                )
+                products = Products(fragments, pipes, tiles, work, sizes, counts, work_parity)
+                k_cursor, v_cursor, p_parity = self._multiply_work(products, k_cursor, v_cursor, p_parity)
             cute.arch.sync_warp()
             for s in cutlass.range_constexpr(2):
                 work_parity = work_parity ^ (Int32(sizes[s] > 0) << s)
@@ -665,30 +670,16 @@ class Prefill:
             tile, claim = schedule.next(tile, claim)
 
     @cute.jit
-    def _multiply_work(
-        self,
-        fragments: Fragments,
-        pipes: Pipes,
-        tiles: Tiles,
-        base: cutlass.Constexpr[int],
-        work: Work,
-        sizes,
-        counts,
-        k_cursor: Cursor,
-        v_cursor: Cursor,
-        p_parity: Int32,
-        work_parity: Int32,
-    ):
+    def _multiply_work(self, products: Products, k_cursor: Cursor, v_cursor: Cursor, p_parity: Int32):
         """One thread, a work tile. Step i multiplies P of the i-th KV tile with its V, and Q with K of the next."""
         config, plan = self.config, self.config.tmem
+        _, pipes, tiles, work, sizes, counts, work_parity = products
         steps = work.union.end - work.union.begin
         # The step of a query tile's first KV tile; opaque, because the compiler would otherwise subtract in every step.
         firsts = [umma.opaque(work.union.end - r.end) for r in work.ranges]
         if steps > 0:
             for s in cutlass.range_constexpr(2):
-                next_k = self._next_scores(
-                    fragments, pipes, base, k_cursor, s, Int32(1), steps, -firsts[s], sizes, work_parity
-                )
+                next_k = self._next_scores(products, k_cursor, s, Int32(1), -firsts[s])
             k_cursor = next_k
         for i in cutlass.range(steps, unroll=1):
             with span("products"):
@@ -705,9 +696,7 @@ class Prefill:
                         parity = p_parity >> s & 1
                         wanted = wanted | keep
                     if const_expr(config.p_apart):
-                        next_k = self._next_scores(
-                            fragments, pipes, base, k_cursor, s, i + 2, steps, before + 1, sizes, work_parity, number
-                        )
+                        next_k = self._next_scores(products, k_cursor, s, i + 2, before + 1, number)
                     if const_expr(s == 0 and not self.sparse):
                         pipes.v.wait(v_cursor)  # before P, for which the product then waits alone
                     if keep:
@@ -729,10 +718,10 @@ class Prefill:
                             if const_expr(chunk > 0 and self.sparse):
                                 pipes.v.wait(next_v)
                             self._values(
-                                fragments,
-                                base + plan.outputs[s] + chunk * config.v_chunk,
-                                base + plan.probabilities[s],
-                                fragments.v.of_slot(next_v.index),
+                                products.fragments.v,
+                                plan.outputs[s] + chunk * config.v_chunk,
+                                plan.probabilities[s],
+                                products.fragments.v.of_slot(next_v.index),
                                 chunk,
                                 before != 0,
                                 pipes.p_rest + s,
@@ -747,9 +736,7 @@ class Prefill:
                         if const_expr(s == 1 or chunk + 1 < config.v_chunks):
                             next_v = pipes.v.advanced(next_v)
                     if const_expr(not config.p_apart):
-                        next_k = self._next_scores(
-                            fragments, pipes, base, k_cursor, s, i + 2, steps, before + 1, sizes, work_parity
-                        )
+                        next_k = self._next_scores(products, k_cursor, s, i + 2, before + 1)
                 if const_expr(self.sparse):
                     if not wanted:
                         for _ in cutlass.range_constexpr(config.v_chunks):
@@ -763,23 +750,20 @@ class Prefill:
     @cute.jit
     def _next_scores(
         self,
-        fragments: Fragments,
-        pipes: Pipes,
-        base: cutlass.Constexpr[int],
+        products: Products,
         k_cursor: Cursor,
         query_tile: cutlass.Constexpr[int],
         nth: Int32,
-        steps: Int32,
         before: Int32,
-        sizes,
-        work_parity: Int32,
         last: Any = None,
     ):
-        """One thread: S of the KV tile after the first `before` of a query tile, which is the `nth` of the CTA's
-        `steps`, counted from 1, if there is one. Query tile 0 waits for its K, query tile 1 hands it back, and after
+        """One thread: S of the KV tile after the first `before` of a query tile, which is the `nth` of the
+        work tile, counted from 1, if there is one. Query tile 0 waits for its K, query tile 1 hands it back, and after
         the last one Q. Returns what follows in K's ring. `last` is the number of the query tile's last KV tile,
         whose S must have been read; P of the one before a work tile has been waited for, which tells as much."""
         config = self.config
+        fragments, pipes, _, work, sizes, _, work_parity = products
+        steps = work.union.end - work.union.begin
         exists = nth <= steps
         active = is_within(before, 0, sizes[query_tile])
         for chunk in cutlass.range_constexpr(config.k_chunks):
@@ -793,8 +777,8 @@ class Prefill:
                         tmem.fence_after_sync()
                     if before == 0:
                         cute.arch.mbarrier_wait(pipes.q_full + query_tile, work_parity >> query_tile & 1)
-                scores = base + config.tmem.scores[query_tile]
-                self._scores(fragments, scores, query_tile, chunk, fragments.k.of_slot(k_cursor.index))
+                scores = config.tmem.scores[query_tile]
+                self._scores(fragments, scores, query_tile, chunk, k_cursor.index)
                 if const_expr(chunk + 1 == config.k_chunks):
                     umma.commit(pipes.s_full + query_tile, self.pair)
             if const_expr(query_tile == 0):
@@ -809,7 +793,7 @@ class Prefill:
         return k_cursor
 
     @cute.jit
-    def multiply_one_tile(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
+    def multiply_one_tile(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule):
         """One query tile. Of each work tile one thread does everything, as in `multiply`."""
         fragments = self._fragments(op, tiles)
         k_cursor, v_cursor = consumer_cursor(), consumer_cursor()
@@ -821,30 +805,18 @@ class Prefill:
             work = self._work(op, tile)
             steps = work.union.end - work.union.begin
             if umma.elected():
-                k_cursor, v_cursor, p_parity = self._multiply_work_of_one_tile(
-                    fragments, pipes, tiles, base, steps, first, k_cursor, v_cursor, p_parity, work_parity
-                )
+                products = Products(fragments, pipes, tiles, work, [steps], [first], work_parity)
+                k_cursor, v_cursor, p_parity = self._multiply_work_of_one_tile(products, k_cursor, v_cursor, p_parity)
             cute.arch.sync_warp()
             work_parity = work_parity ^ Int32(steps > 0)
             first += steps
             tile, claim = schedule.next(tile, claim)
 
     @cute.jit
-    def _multiply_work_of_one_tile(
-        self,
-        fragments: Fragments,
-        pipes: Pipes,
-        tiles: Tiles,
-        base: cutlass.Constexpr[int],
-        steps: Int32,
-        first: Int32,
-        k_cursor: Cursor,
-        v_cursor: Cursor,
-        p_parity: Int32,
-        work_parity: Int32,
-    ):
+    def _multiply_work_of_one_tile(self, products: Products, k_cursor: Cursor, v_cursor: Cursor, p_parity: Int32):
         """One thread, a work tile. Step i multiplies Q with K of the i-th KV tile, then P of the last with its V."""
         config, plan = self.config, self.config.tmem
+        _, pipes, tiles, _, (steps,), (first,), work_parity = products
         for i in cutlass.range(steps + cutlass.min(steps, 1), unroll=1):
             with span("Q K^T"):
                 if i < steps:
@@ -853,8 +825,8 @@ class Prefill:
                     buffer = (first + i) & 1
                     for chunk in cutlass.range_constexpr(config.k_chunks):
                         pipes.k.wait(k_cursor)
-                        scores = base + plan.scores[0] + buffer * plan.buffer_stride
-                        self._scores(fragments, scores, 0, chunk, fragments.k.of_slot(k_cursor.index))
+                        scores = plan.scores[0] + buffer * plan.buffer_stride
+                        self._scores(products.fragments, scores, 0, chunk, k_cursor.index)
                         if const_expr(chunk == config.k_chunks - 1):
                             umma.commit(pipes.s_full + buffer, self.pair)
                         umma.commit(pipes.k.empty(k_cursor), self.pair)
@@ -877,10 +849,10 @@ class Prefill:
                         pipes.v.wait(v_cursor)
                         if keep:
                             self._values(
-                                fragments,
-                                base + plan.outputs[0] + chunk * config.v_chunk,
-                                base + plan.probabilities[0] + buffer * plan.probabilities_stride,
-                                fragments.v.of_slot(v_cursor.index),
+                                products.fragments.v,
+                                plan.outputs[0] + chunk * config.v_chunk,
+                                plan.probabilities[0] + buffer * plan.probabilities_stride,
+                                products.fragments.v.of_slot(v_cursor.index),
                                 chunk,
                                 i != 1,
                                 pipes.p_rest + buffer,
@@ -927,9 +899,9 @@ class Prefill:
 
     def _fragments(self, op: Operands, tiles: Tiles) -> Fragments:
         return Fragments(
-            _operand(op.mma_s.make_fragment_A(tiles.sQ)),
-            _operand(op.mma_s.make_fragment_B(tiles.sK)),
-            _operand(op.mma_o.make_fragment_B(tiles.sV)),
+            umma.operand(op.mma_s.make_fragment_A(tiles.sQ)),
+            umma.operand(op.mma_s.make_fragment_B(tiles.sK)),
+            umma.operand(op.mma_o.make_fragment_B(tiles.sV)),
         )
 
     @cute.jit
@@ -946,10 +918,11 @@ class Prefill:
         accumulator: Int32,
         query_tile: cutlass.Constexpr[int],
         chunk: cutlass.Constexpr[int],
-        k_first: Int64,
+        k_slot: Int32,
     ):
-        """One thread: S = Q K^T, or for a later chunk of head_dim, S += Q K^T; k_first: of K's slot."""
+        """One thread: S = Q K^T, or for a later chunk of head_dim, S += Q K^T."""
         q, k = fragments.q, fragments.k
+        k_first = k.of_slot(k_slot)
         # Recomputed here, because the compiler would otherwise hold one register pair an instruction.
         q_first = umma.opaque(q.first) + query_tile * q.slot_stride
         for step in cutlass.range_constexpr(self.steps_k):
@@ -961,7 +934,7 @@ class Prefill:
     @cute.jit
     def _values(
         self,
-        fragments: Fragments,
+        v: umma.Operand,
         accumulator: Int32,
         probabilities: Int32,
         v_first: Int64,
@@ -972,7 +945,6 @@ class Prefill:
     ):
         """One thread: O (+)= P V for the columns of one chunk of V, whose slot v_first describes; the first chunk waits
         for the rest of P."""
-        v = fragments.v
         for step in cutlass.range_constexpr(self.steps_v):
             if const_expr(chunk == 0 and step == self.steps_early):
                 cute.arch.mbarrier_wait(rest_barrier, rest_parity)
@@ -987,11 +959,11 @@ class Prefill:
     # ------------------------------------------------------------------------------------------------ softmax
 
     @cute.jit
-    def softmax(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
+    def softmax(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         query_tile = warp // WARPS_PER_GROUP
         row = cute.arch.thread_idx()[0] % GROUP_THREADS
-        lane = base + tmem.lane_offset(warp % WARPS_PER_GROUP)
+        lane = tmem.lane_offset(warp % WARPS_PER_GROUP)
         count = Int32(0)  # KV tiles seen by this warpgroup
         kept = cute.make_rmem_tensor(1, Int32)
         kept[0] = Int32(0)
@@ -1267,11 +1239,11 @@ class Prefill:
     # ------------------------------------------------------------------------------------------------ correction
 
     @cute.jit
-    def correct(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule, base: cutlass.Constexpr[int]):
+    def correct(self, op: Operands, pipes: Pipes, tiles: Tiles, schedule):
         config, plan = self.config, self.config.tmem
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         row = cute.arch.thread_idx()[0] % GROUP_THREADS
-        lane = base + tmem.lane_offset(warp % WARPS_PER_GROUP)
+        lane = tmem.lane_offset(warp % WARPS_PER_GROUP)
         parity = Int32(0)  # one bit a query tile
         tile, claim = schedule.first()
         while tile.m_block != NO_TILE:
@@ -1550,13 +1522,6 @@ def is_within(n_block, begin, size):
 def added(counts: list, more: list) -> list:
     """Element by element."""
     return [count + value for count, value in zip(counts, more, strict=True)]
-
-
-def _operand(fragment: cute.Tensor) -> Operand:
-    """Descriptors of a fragment (MMA, MMA_MN, MMA_K, slot) with one instruction along MN."""
-    layout = fragment.layout
-    steps = [cute.crd2idx((0, 0, step, 0), layout) for step in range(cute.size(layout, mode=[2]))]
-    return Operand(umma.descriptor(fragment), steps, cute.crd2idx((0, 0, 0, 1), layout))
 
 
 _SCALARS = {"int32": Int32, "int64": Int64, "float32": Float32}

@@ -8,6 +8,8 @@ In a CTA pair one thread of the leader (rank 0) issues 256 x 16 by 16 x N for bo
 at the same addresses, and half of B's N, and the descriptors name places in both.
 """
 
+from typing import Any, NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cute_sparse.kernels.blackwell import tmem
@@ -36,6 +38,25 @@ def instruction_descriptor(dtype: type, m: int, n: int, b_major_mn: bool) -> int
 def descriptor(fragment: cute.Tensor) -> Int64:
     """The descriptor of the first instruction of a fragment (`make_fragment_A` or `_B` of a shared tile)."""
     return smem_descriptor_to_int(fragment.iterator)
+
+
+class Operand(NamedTuple):
+    """Descriptors of one operand in shared memory."""
+
+    first: Any  # of the first instruction, slot 0
+    steps: Any  # per instruction, what to add
+    slot_stride: Any
+
+    def of_slot(self, index: Int32) -> Int64:
+        """The descriptor of the first instruction of a ring's slot."""
+        return self.first + Int64(index * self.slot_stride)
+
+
+def operand(fragment: cute.Tensor) -> Operand:
+    """Of a fragment (MMA, MMA_MN, MMA_K, slot) with one instruction along MN."""
+    layout = fragment.layout
+    steps = [cute.crd2idx((0, 0, step, 0), layout) for step in range(cute.size(layout, mode=[2]))]
+    return Operand(descriptor(fragment), steps, cute.crd2idx((0, 0, 0, 1), layout))
 
 
 @dsl_user_op
