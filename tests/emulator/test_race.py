@@ -231,6 +231,23 @@ def test_a_flag_without_release_or_acquire_is_a_race(run, sync, release, acquire
         start(run, body, grid=clusters, block=64 // clusters)
 
 
+@pytest.mark.parametrize(
+    "sync, release, acquire, after",
+    [
+        ("bar.warp.sync -1;", "st.release.cta.global.b32 [%d0], %r9", "ld.acquire.gpu.global.b32 %r6, [%d0]", ""),
+        ("bar.warp.sync -1;", "atom.global.acq_rel.cta.add.u32 %r8, [%d0], 1", "ld.acquire.gpu.global.b32 %r6, [%d0]", ""),
+        ("bar.warp.sync -1;", "st.release.gpu.global.b32 [%d0], %r9", "ld.acquire.cluster.global.b32 %r6, [%d0]", ""),
+        ("fence.acq_rel.cta;", "st.relaxed.gpu.global.b32 [%d0], %r9", "ld.relaxed.gpu.global.b32 %r6, [%d0]", "membar.gl;"),
+        ("membar.gl;", "st.relaxed.gpu.global.b32 [%d0], %r9", "ld.volatile.global.b32 %r6, [%d0]", "membar.cta;"),
+    ],
+)  # fmt: skip
+def test_a_scope_that_does_not_reach_another_cluster_orders_within_one_alone(run, sync, release, acquire, after):
+    body = FLAG.format(sync=sync, release=release, acquire=acquire, after=after)
+    start(run, body, grid=1, block=64)
+    with pytest.raises(RACE):
+        start(run, "mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r2, 0;" + body, grid=2, block=32)
+
+
 @pytest.mark.parametrize("clusters", [1, 2])
 def test_a_fence_releases_only_what_came_before_it(run, clusters):
     flag = ("st.relaxed.gpu.global.b32 [%d0], %r9", "ld.acquire.gpu.global.b32 %r6, [%d0]")

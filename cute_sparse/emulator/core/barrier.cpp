@@ -301,11 +301,13 @@ bool decode_cluster_barrier(const Statement& s, Builder& b) {
 // fence, membar
 
 // Orders memory for later relaxed synchronisation: what has been learnt by relaxed reads becomes known, and what is
-// known is published by later relaxed writes.
-Step exec_fence(Warp& w, const Instr&) {
+// known is published by later relaxed writes. WIDE: with other clusters, too, which the scope reaches.
+template <bool WIDE> Step exec_fence(Warp& w, const Instr&) {
   if (!w.cluster->race.enabled) return Step::next;
   acquire(w, w.order.unfenced);
+  if (WIDE) acquire(w, w.order.unfenced_widely);
   release_into(w, w.order.fenced);
+  if (WIDE) w.order.fenced_widely.join(w.order.fenced);
   return Step::next;
 }
 
@@ -353,7 +355,7 @@ bool decode_fence(const Statement& s, Builder& b) {
     } else if (s.modifiers[3] != "release" || !s.operands.empty()) {
       return false;
     }
-    b.out.exec = exec_fence;
+    b.out.exec = is_wide(s) ? exec_fence<true> : exec_fence<false>;
     return true;
   } else {
     const std::set<std::string> levels = {"membar.cta", "membar.gl", "membar.sys"};
@@ -363,7 +365,7 @@ bool decode_fence(const Statement& s, Builder& b) {
     known.insert({"fence.acquire.sync_restrict::shared::cluster.cluster",
                   "fence.release.sync_restrict::shared::cta.cluster"});
     if (!known.count(o)) return false;
-    b.out.exec = exec_fence;
+    b.out.exec = is_wide(s) ? exec_fence<true> : exec_fence<false>;
   }
   return s.operands.empty();
 }

@@ -17,10 +17,11 @@ struct AccessDetail {
   Space space = Space::generic;
   uint32_t element_bytes = 4;
   uint32_t elements = 1;
-  bool wide = true;          // the address register has 64 bits
+  bool wide_address = true;  // its register has 64 bits
   bool sign_extend = false;
   bool strong = false;       // volatile, relaxed, acquire, release, mmio: does not race with other strong accesses
   bool acquires = false, releases = false;  // otherwise a strong access does so only together with a fence
+  bool wide = true;          // of a strong access: its scope reaches other clusters, .gpu or .sys
   uint32_t bytes() const { return element_bytes * elements; }
 };
 
@@ -31,7 +32,7 @@ struct Place {  // where a lane's access goes
 
 Place place_of(Warp& w, const Instr& i, const AccessDetail& detail, uint32_t lane) {
   const uint64_t address =
-      detail.wide ? w.address64(i, i.s[0], lane) : uint64_t(w.address32(i, i.s[0], lane));
+      detail.wide_address ? w.address64(i, i.s[0], lane) : uint64_t(w.address32(i, i.s[0], lane));
   switch (detail.space) {
     case Space::shared: return {Space::shared, address & 0xffffffffu};
     case Space::local: return {Space::local, address & 0xffffffffu};
@@ -127,11 +128,11 @@ uint64_t location(const Place& place) {
 }
 
 void release_before(Warp& w, const AccessDetail& detail, const Place& place) {
-  if (detail.strong && place.space <= Space::shared) release_at(w, location(place), !detail.releases);
+  if (detail.strong && place.space <= Space::shared) release_at(w, location(place), !detail.releases, detail.wide);
 }
 
 void acquire_after(Warp& w, const AccessDetail& detail, const Place& place) {
-  if (detail.strong && place.space <= Space::shared) acquire_at(w, location(place), !detail.acquires);
+  if (detail.strong && place.space <= Space::shared) acquire_at(w, location(place), !detail.acquires, detail.wide);
 }
 
 Step exec_ld(Warp& w, const Instr& i) {
@@ -252,6 +253,7 @@ bool decode_ld_st(const Statement& s, Builder& b, bool load) {
   detail.strong = is_strong(s);
   detail.acquires = s.has("acquire");
   detail.releases = s.has("release");
+  detail.wide = is_wide(s);
   const Operand& values = s.operands[load ? 0 : 1];
   const Operand& address = s.operands[load ? 1 : 0];
   detail.elements = values.kind == Operand::Kind::vector ? uint32_t(values.parts.size()) : 1;
@@ -261,7 +263,7 @@ bool decode_ld_st(const Statement& s, Builder& b, bool load) {
     b.out.imm = parameter_offset(b, address);
     b.out.exec = exec_ld_param;
   } else {
-    detail.wide = b.wide(address);
+    detail.wide_address = b.wide(address);
     b.out.s[0] = b.address(address);
     b.out.exec = load ? exec_ld : exec_st;
   }
@@ -383,6 +385,7 @@ bool decode_atomic(const Statement& s, Builder& b, bool returns) {
   detail.strong = true;  // .relaxed unless it says more
   detail.acquires = s.has("acquire") || s.has("acq_rel");
   detail.releases = s.has("release") || s.has("acq_rel");
+  detail.wide = is_wide(s);
   const size_t base = returns ? 1 : 0;
   if (!found || !detail.element_bytes || detail.element_bytes > 8 || s.operands.size() < base + 2) return false;
   const Operand& address = s.operands[base];
@@ -396,7 +399,7 @@ bool decode_atomic(const Statement& s, Builder& b, bool returns) {
     const uint32_t other = detail.op == Atomic::cas ? b.read(s.operands[base + 2], cls) : 0;
     for (uint32_t slot : {result, value, other}) b.pending_list.push_back(slot);
   }
-  detail.wide = b.wide(address);
+  detail.wide_address = b.wide(address);
   b.out.s[0] = b.address(address);
   b.out.detail = b.keep(detail);
   b.out.exec = exec_atomic;

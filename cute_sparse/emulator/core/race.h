@@ -68,6 +68,7 @@ struct Signal {
 struct WarpOrder {
   Clock fenced;                // published by a later .relaxed arrival: what a fence has released
   Clock unfenced;              // learnt by .relaxed waits; a later fence turns it into knowledge
+  Clock fenced_widely, unfenced_widely;  // the same for other clusters, by fences whose scope reaches them
   ActorId inits = 0;           // mbarrier.init by this warp is an actor of its own: fence.mbarrier_init covers it alone
   std::vector<LanesWaited> waited;  // since the last convergence; nearly always empty
   uint32_t cluster_arrived = 0;   // lanes that have arrived in the forming generation of the cluster barrier

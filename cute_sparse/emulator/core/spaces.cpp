@@ -366,29 +366,29 @@ void fence_proxy(Warp& warp) {
   next_epoch(warp);
 }
 
-void release_at(Warp& warp, uint64_t address, bool relaxed) {
+void release_at(Warp& warp, uint64_t address, bool relaxed, bool wide) {
   if (!warp.cluster->race.enabled || (relaxed && warp.order.fenced.seen.empty())) return;
   GlobalHistory& history = global_history(*warp.cluster);
-  auto publish = [&](const Clock& clock) {
-    history.locations[address].join(clock);
-    if (history.others) history.others->publish(address, clock);
+  auto publish = [&](const Clock& near, const Clock& far) {
+    history.locations[address].join(near);
+    if (wide && history.others) history.others->publish(address, far);
   };
   if (relaxed) {
-    publish(warp.order.fenced);
+    publish(warp.order.fenced, warp.order.fenced_widely);
     return;
   }
   {
     PublishedView view(warp);
-    publish(warp.clock);
+    publish(warp.clock, warp.clock);
   }
   next_epoch(warp);
 }
 
-void acquire_at(Warp& warp, uint64_t address, bool relaxed) {
+void acquire_at(Warp& warp, uint64_t address, bool relaxed, bool wide) {
   if (!warp.cluster->race.enabled) return;
   GlobalHistory& history = global_history(*warp.cluster);
   Clock& learnt = relaxed ? warp.order.unfenced : warp.clock;
-  if (history.others) history.others->learn(address, learnt);
+  if (wide && history.others) history.others->learn(address, relaxed ? warp.order.unfenced_widely : warp.clock);
   const auto found = history.locations.find(address);
   if (found != history.locations.end()) learnt.join(found->second);
 }

@@ -63,8 +63,10 @@ void fence_proxy(Warp& warp);
 // Synchronisation through a global or shared location (generic address): what a store, red or atom with .release
 // publishes there, a load or atom with .acquire learns. `relaxed`: only what an earlier fence has released, or what a
 // later fence makes known.
-void release_at(Warp& warp, uint64_t address, bool relaxed);
-void acquire_at(Warp& warp, uint64_t address, bool relaxed);
+// wide: the scope reaches other clusters. (Among the CTAs of a cluster, .cta counts as .cluster.)
+inline bool is_wide(const Statement& s) { return !s.has("cta") && !s.has("cluster"); }
+void release_at(Warp& warp, uint64_t address, bool relaxed, bool wide);
+void acquire_at(Warp& warp, uint64_t address, bool relaxed, bool wide);
 
 // What a blocked group waits for, for deadlock reports: the barrier's phase, arrivals and bytes due.
 std::string describe_wait(const Cta& cta, const Wait& wait);
