@@ -87,6 +87,7 @@ MASKS = {
     "causal with room behind, padded": (
         (2, 8, 16), {"mask_function": masking_utils.causal_mask_function, "attention_mask": LEFT_PADDED}, False
     ),
+    "causal, aligned at the end": ((1, 4, 10), {"mask_function": lambda b, h, q, k: k <= q + 6}, True),
     "window": ((1, 16, 16), windowed(5), True),
     "window of code unknown": ((1, 16, 16), windowed(5, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 5)), True),
     "window without its size": ((1, 16, 16), windowed(5, local_size=None), True),
@@ -189,7 +190,7 @@ def test_a_mask_of_keys_is_none_of_the_queries_in_cross_attention(kind, seqlen_q
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
 
 
-def test_gaps_in_a_mask_are_refused_where_there_is_a_window():
+def test_gaps_in_a_mask_are_refused_where_there_is_a_window_and_another_length_everywhere():
     """Packed, its tokens would be nearer to each other than they are."""
     q = torch.randn(2, 2, 6, 16, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 1]]).bool()
@@ -197,6 +198,8 @@ def test_gaps_in_a_mask_are_refused_where_there_is_a_window():
     attend(q[:1], q[:1], q[:1], mask[:1], is_causal=True, sliding_window=2)
     with pytest.raises(NotImplementedError, match="gaps"):
         attend(q, q, q, mask, is_causal=True, sliding_window=2)
+    with pytest.raises(NotImplementedError, match=r"mask of shape \(2, 5\) .* \(batch, seqlen_k\) = \(2, 6\)"):
+        attend(q[:, :, :1], q, q, mask[:, :5], is_causal=True)  # of a decode step before a cache with room
 
 
 def test_a_window_that_would_be_lost_is_refused():
