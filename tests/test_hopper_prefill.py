@@ -13,6 +13,7 @@ import cute_sparse
 from cute_sparse import reference
 from cute_sparse.calls import Stats
 from cute_sparse.problem import Problem
+from profiling import kernels, sass
 from tests.cases import CASES, Case, make_inputs
 from tests.conftest import ORDERS
 from tests.test_attention import call, check, oracle
@@ -226,6 +227,13 @@ def test_the_dense_kernel_has_no_vote_in_it():
             ptx[sparsity] = hopper_prefill.compile(problem).__ptx__
     assert ptx["threshold"].count("barrier.cta.red.or") == 1
     assert "barrier.cta.red" not in ptx[None]
+
+
+def test_a_capped_tile_as_wide_as_the_registers_let_it_be_is_not_spilled():
+    """Its scores are the most that a consumer holds, and tanh wants more for each that it works on."""
+    everything = dict(sparsity="threshold", softcap=True, sink=True, return_lse=True, return_stats=True)
+    row = sass.audit(kernels.compile_kernel(Problem("prefill", "bfloat16", 64, 64, mask="full", **everything), ARCH))
+    assert not row.faults and row.stack_bytes == 0, row
 
 
 def test_every_problem_has_a_config_that_fits():
