@@ -12,6 +12,7 @@ import torch
 import cute_sparse
 from cute_sparse import reference
 from cute_sparse.calls import Stats
+from cute_sparse.emulator import chips, timing
 from cute_sparse.problem import Problem
 from profiling import kernels, sass
 from tests.cases import CASES, Case, make_inputs
@@ -192,6 +193,24 @@ def test_at_nothing_skipped_the_work_is_that_of_the_dense_kernel(causal, configu
     assert sparse_counts.mma_instructions == dense_counts.mma_instructions
     assert sparse_counts.tma_bytes_loaded == dense_counts.tma_bytes_loaded
     assert sparse_counts.exponentials == dense_counts.exponentials
+
+
+# early: of the next work tile, a tile of K and Q for each warpgroup, or two of K where out is staged in Q's memory.
+@pytest.mark.parametrize("out_aliases_q, early", [(False, 1 + 3), (True, 2)])
+def test_the_next_work_tile_is_being_loaded_when_the_last_one_is_stored(out_aliases_q, early, configured):
+    """And its first K before V of the last KV tile, so early that nobody has begun with that tile's scores."""
+    configured(ctas=1, warpgroups=3, tile_n=128, out_aliases_q=out_aliases_q)
+    case = Case(lengths_q=(2 * 192,), lengths_k=(3 * 128,), heads_q=1, head_dim=64, head_dim_v=64)
+    inputs = make_inputs(case)
+    with cute_sparse.emulated(ARCH) as device, timing.traced(device):
+        call(case, inputs)
+        events = timing.estimate(device, chips.chip_of(ARCH), events=True).events
+    loads = sorted(event.begin for event in events if event.track == "TMA loads")
+    assert len(loads) == 2 * (3 + 3 + 3)
+    assert sum(begin < min(e.begin for e in events if e.track == "TMA stores") for begin in loads) >= 3 + 3 + 3 + early
+    products = sorted(event.begin for event in events if event.name == "wgmma from warp 4")
+    of_two_tiles = (64 + 64 + 128) // MMA_K  # two of scores, one of values
+    assert loads[3 + 3 + 2] < products[of_two_tiles]
 
 
 # FlashAttention-4 4.0.0b36 on sm_90, counted in an emulator: 2 query heads on 1 KV head, 1024 x 1024, BF16; warp
