@@ -27,8 +27,8 @@ ELEMENT_BYTES = 2
 SLICE_REGISTERS = REGISTER_FILE // WARPGROUP_THREADS  # one thread of every warpgroup: what setmaxnreg deals out
 REGISTERS_STEP = 8
 # Registers of a producer thread by consumer warpgroups. With 24, it would spill (ptxas 13.0), with 32 and packed
-# sequences it may; three warpgroups leave it more where their accumulators let them. Of the kernels tried, two spill,
-# both with a threshold, a full mask, softcap, sinks, LSE and counts: d64 packed 16 bytes, its producer's, d96 24 bytes.
+# sequences it may; three warpgroups leave it more where their accumulators let them. Of 54 kernels with softcap, sinks,
+# LSE and counts (d64 to d256, every mask, packed or not), one spills: dense d64 causal, 24 bytes packed, otherwise 16.
 PRODUCER_REGISTERS = {2: (40,), 3: (56, 32)}
 # Registers beside the accumulators, by the producer's: descriptors, softmax and loop state (as ptxas 13.0 needs them).
 OTHER_REGISTERS = {40: 32, 56: 28, 32: 32}
