@@ -286,7 +286,9 @@ class Prefill:
     P apart from S. At 64 columns of O both query tiles' P find room behind O. With P inside S, S of the next KV tile
     waited for P V, and the exponential units with it: modelled, d64 and 64K causal, a work tile's 128 rows took 617961
     clocks (FlashAttention-4's 553284), apart 564525, with more emulated exponentials (`config._emulated_share`) and P
-    released as a whole 446051.
+    released as a whole 446051. Tried: the two softmax warps of a scheduler take turns at their exponentials: under a
+    full mask 1621 clocks for 128 keys (6 of 16 emulated) instead of 1897. Left out, because the model's schedulers
+    decide so much here (7, 8 and 9 of 16 without turns: 1968, 1897, 1815); a GPU is to tell.
 
     Pairs of CTAs (`Config.cta_pair`). The MMA warp of one CTA, the leader, multiplies 256 rows: 128 of each CTA,
     whose S, P and O lie in its own tensor memory. Each CTA fetches half of K's rows and half of V's columns, so
@@ -309,8 +311,8 @@ class Prefill:
     warp that wants the tile goes on at once, for the tile is kept whatever the others say; one that does not waits
     for them. The MMA warp reads the votes while the exponentials run, and waits for P only if there will be one; of
     a skipped tile it knows from the votes that S was read. A dense problem compiles none of it. In the timing model
-    (d128, full mask, clocks for 128 keys of two query tiles, everything kept) this takes 2106 to 2152 and the dense
-    kernel without pairs 2103; with a vote that holds all four warps, read beside P, it was 2183.
+    (d128, full mask, clocks for 128 keys of two query tiles, everything kept) this takes 2100 and the dense kernel
+    without pairs 2075; a vote that held all four warps, read beside P, took 31 more than this one.
       Where the query tiles disagree, the way from S to P V and back to S takes longest: of tiles that only one of them
     keeps, 2034, of which its two products are 1024, and 1010 what lies between them: 100 until S is known to be there,
     130 to load it, 190 for maximum and vote, 485 for 96 columns of P, 60 to hand them over. Tried: an MMA thread for
