@@ -27,8 +27,9 @@ ELEMENT_BYTES = 2
 SLICE_REGISTERS = REGISTER_FILE // WARPGROUP_THREADS  # one thread of every warpgroup: what setmaxnreg deals out
 REGISTERS_STEP = 8
 # Registers of a producer thread by consumer warpgroups. With 24, it would spill (ptxas 13.0), with 32 and packed
-# sequences it may; three warpgroups leave it more where their accumulators let them. Of 54 kernels with softcap, sinks,
-# LSE and counts (d64 to d256, every mask, packed or not), one spills: dense d64 causal, 24 bytes packed, otherwise 16.
+# sequences it may; three warpgroups leave it more where their accumulators let them. Of 69 kernels with softcap, sinks,
+# LSE and counts (d64 to d256, every mask, packed or not), three spill, dense and causal: d64 24 bytes packed, else 16,
+# d96 32 if not packed.
 PRODUCER_REGISTERS = {2: (40,), 3: (56, 32)}
 # Registers beside the accumulators, by the producer's: descriptors, softmax and loop state (as ptxas 13.0 needs them).
 OTHER_REGISTERS = {40: 32, 56: 28, 32: 32}
