@@ -12,6 +12,7 @@ from cutlass.cute.runtime import from_dlpack
 from cutlass.memory import SmemAllocator
 
 from cute_sparse import emulator, splits
+from cute_sparse.device.combine import Group
 from cute_sparse.device.split import WALK_WORDS, SplitPlan
 
 TILE_N = 64
@@ -136,3 +137,43 @@ def check_the_device(lengths, num_splits, seeded):
                 assert found[7:] == [looks[min(i, len(looks) - 1)] for i in (0, 1, 2, -1)], (cta, number)
         assert not out[cta, len(segments) :].any()
     assert not out[len(plan) :].any()
+
+
+LEVELS = 4
+
+
+class Groups:
+    """A kernel that writes down the groups that each split of an item is part of: ints (splits, LEVELS, 3)."""
+
+    @cute.jit
+    def __call__(self, out, count: Int32, fan_in: Int32, stream):
+        self.kernel(out, count, fan_in).launch(grid=(count, 1, 1), block=(1, 1, 1), stream=stream)
+
+    @cute.kernel
+    def kernel(self, out: cute.Tensor, count: Int32, fan_in: Int32):
+        split, _, _ = cute.arch.block_idx()
+        group = Group.of(split, count, fan_in, Int32(0), Int32(1))
+        for level in cutlass.range_constexpr(LEVELS):
+            for i, value in enumerate((group.first, group.count, group.counter)):
+                out[split, level, i] = value
+            group = group.next()
+
+
+@pytest.mark.parametrize("count, fan_in", [(2, 8), (8, 8), (71, 8), (65, 4), (27, 3)])
+def test_no_two_groups_of_results_count_their_arrivals_in_one_place(count, fan_in):
+    """Nor do groups of different levels, of which there are fewer than fan_in: those of one may still arrive when others
+    have come to the next."""
+    out = torch.zeros((count, LEVELS, 3), dtype=torch.int32)
+    with emulator.device("sm_90a"):
+        arguments = (from_dlpack(out), count, fan_in)
+        cute.compile(Groups(), *arguments, cuda.CUstream(0))(*arguments, cuda.CUstream(0))
+    found = set()
+    for split, levels in enumerate(out.tolist()):
+        for level, (first, results, counter) in enumerate(levels):
+            step, width = fan_in**level, fan_in ** (level + 1)
+            assert first == split // width * width
+            assert results == -(-min(count - first, width) // step)
+            if results > 1:  # else nothing is counted
+                assert counter < count
+                found.add((level, first, counter))
+    assert len({counter for _, _, counter in found}) == len(found)
