@@ -161,8 +161,8 @@ class Groups:
 
 @pytest.mark.parametrize("count, fan_in", [(2, 8), (8, 8), (71, 8), (65, 4), (27, 3)])
 def test_no_two_groups_of_results_count_their_arrivals_in_one_place(count, fan_in):
-    """Nor do groups of different levels, of which there are fewer than fan_in: those of one may still arrive when others
-    have come to the next."""
+    """Nor do groups of different levels, of which there are fewer than fan_in: one may be incomplete when another's
+    result comes to the next level."""
     out = torch.zeros((count, LEVELS, 3), dtype=torch.int32)
     with emulator.device("sm_90a"):
         arguments = (from_dlpack(out), count, fan_in)
