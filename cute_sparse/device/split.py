@@ -140,7 +140,7 @@ class SplitPlan:
         """The KV tiles [first, end) that any query of a sequence visits."""
         band = self.band(seqlen_k)
         first, last = band.keys(0).begin, band.keys(self.seqlen_q - 1).end
-        return first // self.tile_n, (cutlass.max(last, 0) + (self.tile_n - 1)) // self.tile_n
+        return divided(first, self.tile_n), divided(cutlass.max(last, 0) + (self.tile_n - 1), self.tile_n)
 
     def positions(self, seqlen_k):
         first, end = self.visited(seqlen_k)
@@ -157,12 +157,18 @@ class SplitPlan:
 
     @cute.jit
     def locate(self, words: cute.Tensor):
-        """By one whole warp, before a barrier of the CTA: find where this CTA begins; `words` (WALK_WORDS,) shared."""
+        """By one whole warp: find where this CTA begins. The others see it in `words`, (WALK_WORDS,) shared, behind a
+        barrier."""
         cta, _, _ = cute.arch.block_idx()
+        walk = Walk(*[Int32(0)] * len(Walk._fields))
         if self.num_splits > 0:
-            _store(words, self._part(cta))
+            walk = self._part(cta)
         else:
-            _store(words, self._first_of_line(cta))
+            walk = self._first_of_line(cta)
+        with cute.arch.elect_one():
+            for i, value in enumerate(walk):
+                words[i] = value
+        return walk
 
     def _part(self, number) -> Walk:
         """At a part of a fixed plan."""
@@ -177,54 +183,53 @@ class SplitPlan:
         """A lane has some neighbouring sequences, and their lengths are read all at once: global memory is far away.
         Only of a batch larger than CHUNK are they read again, to look for the chunk in which the CTA begins."""
         lane = cute.arch.lane_idx()
-        lengths = cute.make_rmem_tensor(PER_LANE, Int32)
-        own = self._read(lengths, lane * PER_LANE)
+        lengths, ends = cute.make_rmem_tensor(PER_LANE, Int32), cute.make_rmem_tensor(PER_LANE, Int32)
+        own = self._read(lengths, ends, lane * PER_LANE)
         after = _inclusive_scan(own, lane)
         end = cute.arch.shuffle_sync(after, WARP - 1)
         total = end
         for first in cutlass.range(CHUNK, self.batch, CHUNK, unroll=1):
-            others = cute.make_rmem_tensor(PER_LANE, Int32)
-            total += cute.arch.warp_reduction_sum(self._read(others, first + lane * PER_LANE))
-        busy = cutlass.max(cutlass.min(self.ctas, total // self.min_tiles), 1)
+            others, others_ends = cute.make_rmem_tensor(PER_LANE, Int32), cute.make_rmem_tensor(PER_LANE, Int32)
+            total += cute.arch.warp_reduction_sum(self._read(others, others_ends, first + lane * PER_LANE))
+        busy = cutlass.max(cutlass.min(self.ctas, divided(total, self.min_tiles)), 1)
         cuts = Cuts.even(total, busy)
         start, stop = cuts.begin(cutlass.min(cta, busy)), cuts.begin(cutlass.min(cta + 1, busy))
 
         first = Int32(0)
         while end <= start and first + CHUNK < self.batch:
             first += CHUNK
-            own = self._read(lengths, first + lane * PER_LANE)
+            own = self._read(lengths, ends, first + lane * PER_LANE)
             after = end + _inclusive_scan(own, lane)
             end = cute.arch.shuffle_sync(after, WARP - 1)
 
-        # The lane, and among its sequences the one, in which the CTA begins: as many lie wholly before `start`.
-        holder = cute.arch.popc(cute.arch.vote_ballot_sync(after <= start))
-        number = cute.arch.shuffle_sync(after - own, holder)
-        batch_idx = first + holder * PER_LANE
-        lengths = [cute.arch.shuffle_sync(lengths[i], holder) for i in range(PER_LANE)]
-        seqlen_k = lengths[0]
+        # Each lane looks where among its sequences the CTA would begin; it does in the first whose end is beyond.
+        before = after - own
+        number, batch_idx, seqlen_k = before, first + lane * PER_LANE, lengths[0]
         for i in cutlass.range_constexpr(PER_LANE - 1):
-            beyond = number + self._weight(lengths[i])
-            passes = (beyond <= start) & (batch_idx == first + holder * PER_LANE + i)
-            number = cutlass.select_(passes, beyond, number)
+            passes = before + ends[i] <= start
+            number = cutlass.select_(passes, before + ends[i], number)
             batch_idx += Int32(passes)
             seqlen_k = cutlass.select_(passes, lengths[i + 1], seqlen_k)
         positions = self.positions(seqlen_k)
         item = divided(start - number, positions)
-        number = cutlass.select_(start < stop, number + item * positions, stop)  # of a CTA without work, the end
+        number += item * positions
+        holder = cute.arch.popc(cute.arch.vote_ballot_sync(after <= start))
+        found = [cute.arch.shuffle_sync(value, holder) for value in (batch_idx, item, number, seqlen_k)]
+        batch_idx, item, number, seqlen_k = found
+        number = cutlass.select_(start < stop, number, stop)  # of a CTA without work, the end
         return Walk(batch_idx, item, number, seqlen_k, start, stop, cuts.base, cuts.longer)
 
-    def _read(self, lengths: cute.Tensor, batch_idx):
-        """A lane's sequences from `batch_idx` on: their lengths, and the positions of all their items."""
-        weight = Int32(0)
+    def _read(self, lengths: cute.Tensor, ends: cute.Tensor, batch_idx):
+        """A lane's sequences from `batch_idx` on: their lengths, and the positions of all items up to the end of each.
+        Returns those of all."""
+        positions = Int32(0)
         for i in range(PER_LANE):
             lengths[i] = self.seqlen_k(batch_idx + i)
         for i in range(PER_LANE):
-            weight += cutlass.select_(batch_idx + i < self.batch, self._weight(lengths[i]), Int32(0))
-        return weight
-
-    def _weight(self, seqlen_k):
-        """The positions of all items of a sequence."""
-        return self.positions(seqlen_k) * self.items_per_sequence
+            of_item = cutlass.select_(batch_idx + i < self.batch, self.positions(lengths[i]), Int32(0))
+            positions += of_item * self.items_per_sequence
+            ends[i] = positions
+        return positions
 
     def first(self, words: cute.Tensor) -> Walk:
         """What `locate` found."""
@@ -259,10 +264,13 @@ class SplitPlan:
             begins_inside = walk.number > walk.cuts.begin(owner)
             first_slot, slots_from, slot_step = 2 * owner + Int32(begins_inside), 2 * owner, Int32(2)
         first_tile, end_tile = self.visited(walk.seqlen_k)
-        kv_head = divided(item, self.row_blocks)
+        kv_head, row_block = item, Int32(0)
+        if self.row_blocks > 1:
+            kv_head = divided(item, self.row_blocks)
+            row_block = item - kv_head * self.row_blocks
         seeds = cutlass.min(begin, SEEDS) if self.seeded else Int32(0)
         return Segment(
-            batch_idx, kv_head, item - kv_head * self.row_blocks, batch_idx * per_sequence + item, walk.seqlen_k,
+            batch_idx, kv_head, row_block, batch_idx * per_sequence + item, walk.seqlen_k,
             begin, end, end_tile - 1, first_tile, seeds, end_tile > first_tile, split, splits, first_slot, slots_from,
             slot_step,
         )  # fmt: skip
@@ -294,7 +302,7 @@ class SplitPlan:
         else:
             number += self.positions(seqlen_k)
             item += 1
-            if item == self.items_per_sequence:
+            if item == self.items_per_sequence and number < stop:
                 item = Int32(0)
                 batch_idx += 1
                 seqlen_k = self.seqlen_k(batch_idx)
@@ -312,10 +320,3 @@ def _inclusive_scan(value, lane):
         other = cute.arch.shuffle_sync_up(value, step, mask_and_clamp=0)
         value += cutlass.select_(lane >= step, other, Int32(0))
     return value
-
-
-def _store(words: cute.Tensor, walk: Walk) -> None:
-    """By a whole warp."""
-    with cute.arch.elect_one():
-        for i, value in enumerate(walk):
-            words[i] = value
