@@ -75,11 +75,12 @@ TILE_ALIGN_BYTES = 1024  # shared-memory tiles: one repetition of the widest swi
 
 
 class NamedBarrier(IntEnum):
-    """Hardware barriers. 0 is the whole CTA's."""
+    """Hardware barriers."""
 
-    CTA = 0
+    CTA = 0  # nobody touches tensor memory any more
     VOTE = 1  # the 128 softmax threads that decide on a skip
     FINISH = 2  # the 128 correction threads, at a segment's end
+    START = 3  # shared memory is initialised, and sWalk says where the CTA begins
 
 
 class Pipes(NamedTuple):
@@ -322,22 +323,11 @@ class Decode:
         storage = SmemAllocator().allocate(self.storage)
         pipes = self._pipes(storage)
         tiles = self._tiles(op, storage)
-        if warp == 0:
-            with cute.arch.elect_one():
-                self._initialise(pipes)
-        if warp == config.load_k_warp:
-            cpasync.prefetch_descriptor(op.k_atom)
-            cpasync.prefetch_descriptor(op.v_atom)
-        if warp == config.load_q_warp:
-            op.plan.locate(tiles.sWalk)
-        if warp == config.score_mma_warp:
-            tmem.allocate(storage.tmem_base.ptr)
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
         base = tmem.BASE
-
         if warp < config.correction_warp:
             cute.arch.setmaxregister_increase(config.registers_softmax)
+            self._clear(tiles)
+            self._await_start()
             if op.parts == 4:
                 self.softmax(op, pipes, tiles, base, 4)
             elif op.parts == 2:
@@ -346,23 +336,70 @@ class Decode:
                 self.softmax(op, pipes, tiles, base, 1)
         elif warp < config.score_mma_warp:
             cute.arch.setmaxregister_decrease(config.registers_correction)
+            self._clear(tiles)
+            self._await_start()
             self.correct(op, pipes, tiles, base)
         else:
             cute.arch.setmaxregister_decrease(config.registers_other)
-            if warp == config.score_mma_warp:
-                self.multiply_scores(op, pipes, tiles, base)
-            elif warp == config.value_mma_warp:
-                self.multiply_values(op, pipes, tiles, base)
-            elif warp == config.load_k_warp:
+            if warp == config.load_k_warp:
                 self.load_k(op, pipes, tiles)
-            elif warp == config.load_v_warp:
-                self.load_v(op, pipes, tiles)
-            elif warp == config.load_q_warp:
-                self.load_q(op, pipes, tiles)
+            else:
+                if warp == config.score_mma_warp:
+                    tmem.allocate(storage.tmem_base.ptr)
+                if warp == config.load_v_warp:
+                    self._initialise(op.v_atom, pipes)
+                self._await_start()
+                if warp == config.score_mma_warp:
+                    self.multiply_scores(op, pipes, tiles, base)
+                elif warp == config.value_mma_warp:
+                    self.multiply_values(op, pipes, tiles, base)
+                elif warp == config.load_v_warp:
+                    self.load_v(op, pipes, tiles)
+                elif warp == config.load_q_warp:
+                    self.load_q(op, pipes, tiles)
 
         cute.arch.sync_threads()
         if warp == config.score_mma_warp:
             tmem.deallocate(base)
+
+    # ---- the start: K is asked for as soon as it is known which, and the others wait for that
+
+    @cute.jit
+    def _begin(self, op: Operands, pipes: Pipes, tiles: Tiles):
+        """By load_k: find where the CTA begins, tell the others, and wait for none of them."""
+        cpasync.prefetch_descriptor(op.k_atom)
+        with cute.arch.elect_one():
+            pipes.k.initialise()
+        cute.arch.mbarrier_init_fence()
+        walk = op.plan.locate(tiles.sWalk)
+        cute.arch.barrier_arrive(barrier_id=int(NamedBarrier.START), number_of_threads=self.config.threads)
+        return walk
+
+    @cute.jit
+    def _initialise(self, v_atom, pipes: Pipes):
+        """By one warp: all but the ring of K."""
+        cpasync.prefetch_descriptor(v_atom)
+        with cute.arch.elect_one():
+            for ring in (pipes.q, pipes.v, pipes.s, pipes.p):
+                ring.initialise()
+            if const_expr(self.sparse):
+                for slot in cutlass.range_constexpr(self.config.p_stages):
+                    cute.arch.mbarrier_init(pipes.wanted + slot, 1)
+            cute.arch.mbarrier_init(pipes.event, 2)
+            cute.arch.mbarrier_init(pipes.event_done, WARPS_PER_GROUP)
+        cute.arch.mbarrier_init_fence()
+
+    def _clear(self, tiles: Tiles) -> None:
+        """By softmax and correction: the tile of Q, behind whose writes come the start and then load_q's fence."""
+        thread, _, _ = cute.arch.thread_idx()
+        zeros = cute.make_rmem_tensor(VECTOR_WORDS, Int32)
+        zeros.fill(0)
+        threads = self.config.score_mma_warp * THREADS_PER_WARP
+        for first in range(0, self.config.q_bytes, VECTOR_BYTES * threads):
+            cute.autovec_copy(zeros, _shared_words(tiles.sQ.iterator.toint() + first + thread * VECTOR_BYTES))
+
+    def _await_start(self) -> None:
+        cute.arch.barrier(barrier_id=int(NamedBarrier.START), number_of_threads=self.config.threads)
 
     # ------------------------------------------------------------------------------------------------ load
 
@@ -373,11 +410,7 @@ class Decode:
         config, q = self.config, op.decode.q
         lane = cute.arch.lane_idx()
         vectors_per_row = config.head_dim // VECTOR
-        zeros = cute.make_rmem_tensor(VECTOR_WORDS, Int32)
-        zeros.fill(0)
         sQ_address = tiles.sQ.iterator.toint()
-        for first in cutlass.range(0, config.q_bytes, VECTOR_BYTES * THREADS_PER_WARP, unroll=1):
-            cute.autovec_copy(zeros, _shared_words(sQ_address + first + lane * VECTOR_BYTES))
         rows_per_part = TILE_M // op.parts
         cursor = producer_cursor()
         walk = op.plan.first(tiles.sWalk)
@@ -422,7 +455,7 @@ class Decode:
     @cute.jit
     def load_k(self, op: Operands, pipes: Pipes, tiles: Tiles):
         cursor = producer_cursor()
-        walk = op.plan.first(tiles.sWalk)
+        walk = self._begin(op, pipes, tiles)
         while op.plan.more(walk):
             segment = op.plan.segment(walk)
             if op.plan.tiles(segment) > 0:
@@ -1112,15 +1145,6 @@ class Decode:
             storage.event.data_ptr(),
             storage.event.data_ptr() + 1,
         )
-
-    def _initialise(self, pipes: Pipes) -> None:
-        for ring in pipes[:5]:
-            ring.initialise()
-        if self.sparse:
-            for slot in range(self.config.p_stages):
-                cute.arch.mbarrier_init(pipes.wanted + slot, 1)
-        cute.arch.mbarrier_init(pipes.event, 2)
-        cute.arch.mbarrier_init(pipes.event_done, WARPS_PER_GROUP)
 
     def _tiles(self, op: Operands, storage) -> Tiles:
         config = self.config

@@ -69,8 +69,9 @@ END = -1  # in place of a tile: the scores of this segment are complete
 
 
 class NamedBarrier(IntEnum):
-    """Hardware barriers of the CTA; 0 is the whole CTA's."""
+    """Hardware barriers of the CTA."""
 
+    START = 0  # shared memory is initialised, and `walk` says where the CTA begins
     VOTE = 1  # the score warpgroup's threads vote on a tile
     VALUE = 2  # the value warpgroup's threads have written to shared or global memory
     COMBINE = 3  # one of them tells all whether they are the last to arrive
@@ -275,7 +276,7 @@ class HopperDecode:
 
     @cute.kernel
     def kernel(self, operands: KernelOperands):
-        shared = self._allocate(operands)
+        shared = self._allocate()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP_WARPS:
             cute.arch.setmaxregister_decrease(self.config.loader_registers)
@@ -284,16 +285,19 @@ class HopperDecode:
             elif warp == LOAD_V_WARP:
                 self.load_v(operands, shared)
             else:
+                self._await_start()
                 self.load_q(operands, shared)
         else:
             cute.arch.setmaxregister_increase(self.config.worker_registers)
+            self._clear(shared)
+            self._await_start()
             if warp < 2 * WARPGROUP_WARPS:
                 self.score(operands, shared)
             else:
                 self.value(operands, shared)
 
-    def _allocate(self, operands: KernelOperands) -> Shared:
-        """Carve up shared memory, initialise it, and wait until every thread sees that."""
+    def _allocate(self) -> Shared:
+        """Carve up shared memory."""
         config = self.config
         smem = SmemAllocator()
 
@@ -313,7 +317,7 @@ class HopperDecode:
         v_ring = ring(config.v_stages, drains=WARPGROUP_WARPS)
         p_ring = ring(config.p_stages, drains=WARPGROUP_WARPS, fills=WARPGROUP_WARPS)
         decision_ring = ring(config.k_stages, drains=1)
-        shared = Shared(
+        return Shared(
             tiles(self._q_layout()),
             tiles(self._k_layout()),
             tiles(self._v_layout()),
@@ -329,24 +333,27 @@ class HopperDecode:
             row_factor=words(Float32, WARPGROUP_ROWS, config.p_stages),
             row_max=words(Float32, WARPGROUP_ROWS, config.p_stages),
         )
-        self._initialise(operands, shared)
-        return shared
+
+    # ---- the start: K is asked for as soon as it is known which, and the others wait for that
 
     @cute.jit
-    def _initialise(self, operands: KernelOperands, shared: Shared):
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if warp == 0:
-            operands.plan.locate(shared.walk)
-        if warp == 1:
-            for tma in (operands.k, operands.v):
-                cpasync.prefetch_descriptor(tma.atom)
-            with cute.arch.elect_one():
-                for ring in (shared.q_ring, shared.k_ring, shared.v_ring, shared.p_ring, shared.decision_ring):
-                    ring.initialise()
-            cute.arch.mbarrier_init_fence()
-        if warp >= WARPGROUP_WARPS:
-            self._clear(shared)
-        cute.arch.sync_threads()
+    def _begin(self, operands: KernelOperands, shared: Shared):
+        """By load_k: find where the CTA begins, tell the others, and wait for none of them."""
+        self._initialise(operands.k, (shared.k_ring,))
+        walk = operands.plan.locate(shared.walk)
+        cute.arch.barrier_arrive(barrier_id=int(NamedBarrier.START), number_of_threads=self.config.threads)
+        return self._uniform(walk)
+
+    def _initialise(self, tma: TmaCache, rings: tuple) -> None:
+        """By one warp."""
+        cpasync.prefetch_descriptor(tma.atom)
+        with cute.arch.elect_one():
+            for ring in rings:
+                ring.initialise()
+        cute.arch.mbarrier_init_fence()
+
+    def _await_start(self) -> None:
+        cute.arch.barrier(barrier_id=int(NamedBarrier.START), number_of_threads=self.config.threads)
 
     @cute.jit
     def _clear(self, shared: Shared):
@@ -373,7 +380,10 @@ class HopperDecode:
             cute.autovec_copy(zeros, cute.local_tile(flat, (VECTOR,), (first + thread,)))
 
     def _first(self, operands: KernelOperands, shared: Shared) -> Walk:
-        return Walk(*(cute.arch.make_warp_uniform(word) for word in operands.plan.first(shared.walk)))
+        return self._uniform(operands.plan.first(shared.walk))
+
+    def _uniform(self, walk: Walk) -> Walk:
+        return Walk(*(cute.arch.make_warp_uniform(word) for word in walk))
 
     def _keys(self, band: Band) -> KeyRange:
         """The keys that some query of the sequence sees."""
@@ -382,16 +392,21 @@ class HopperDecode:
     # ---- load
 
     def load_k(self, operands: KernelOperands, shared: Shared) -> None:
-        self._load(operands, shared, operands.k, shared.sK, shared.k_ring, self.k_bytes, "load K", False)
+        walk = self._begin(operands, shared)
+        self._load(operands, shared, walk, operands.k, shared.sK, shared.k_ring, self.k_bytes, "load K", False)
 
     def load_v(self, operands: KernelOperands, shared: Shared) -> None:
-        self._load(operands, shared, operands.v, shared.sV, shared.v_ring, self.v_bytes, "load V", self.sparse)
+        self._initialise(operands.v, (shared.q_ring, shared.v_ring, shared.p_ring, shared.decision_ring))
+        self._await_start()
+        walk = self._first(operands, shared)
+        self._load(operands, shared, walk, operands.v, shared.sV, shared.v_ring, self.v_bytes, "load V", self.sparse)
 
     @cute.jit
     def _load(
         self,
         operands: KernelOperands,
         shared: Shared,
+        walk: Walk,
         tma: TmaCache,
         tiles: cute.Tensor,
         ring: Ring,
@@ -403,7 +418,6 @@ class HopperDecode:
         plan = operands.plan
         slot, decision = producer_cursor(), consumer_cursor()
         target = self._in_boxes(tiles)
-        walk = self._first(operands, shared)
         while plan.more(walk):
             segment = plan.segment(walk)
             keys = self._keys(plan.band(segment.seqlen_k))

@@ -40,6 +40,10 @@ FENCED_AGAIN = (
     "it follows the initialisation of one barrier; all warps execute another one behind the rest of the barriers and "
     "before the cluster's barrier"
 )
+BEHIND_A_DECISION = (
+    "it follows the initialisation of V's ring, whose first copy is behind a decision on a tile, and that behind the "
+    "fence of those who have loaded Q, which comes behind the start of all"
+)
 WAIT = "mbarrier.try_wait.parity.shared.b64 P1, [%], %, 10000000;"
 
 # (reason, how many statements of this shape may survive in one kernel)
@@ -50,9 +54,9 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, int]]] = {
     "our prefill, sm_100a, pairs of CTAs": {"bar.warp.sync -1;": (WAIT_FOR_ONE, 1)},
     "our prefill, sm_100a, threshold": {"bar.warp.sync -1;": (f"{MEET_AGAIN}. And one: {WAIT_FOR_ONE}", 5)},
     "our decode, sm_90a, dense": {},
-    "our decode, sm_90a, threshold": {},
+    "our decode, sm_90a, threshold": {"fence.mbarrier_init.release.cluster;": (BEHIND_A_DECISION, 1)},
     "our decode, sm_100a, dense": {},
-    "our decode, sm_100a, threshold": {},
+    "our decode, sm_100a, threshold": {"fence.mbarrier_init.release.cluster;": (BEHIND_A_DECISION, 1)},
     "FlashAttention-4, sm_90a": {},
     "FlashAttention-4, sm_100a": {WAIT: (LAST_BEFORE_THE_END, 2)},
     "FlashAttention-4, sm_100a, head dim 64, full": {WAIT: (f"{LAST_BEFORE_THE_END}. And one: {COMMITTED_TOGETHER}", 3)},
