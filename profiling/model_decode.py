@@ -23,10 +23,8 @@ How a time comes about
 
 What it cannot know: how memory behaves under many streams (banks, channels, refresh, TLB misses of scattered pages),
 its latency under load, which CTA is an item's last to arrive (here the one with the highest number), how far a chip's
-CTAs start apart, and what else a launch costs. A plain load counts the bytes of each lane, also where many read the
-same: about 600 clocks too many where six parts of 16 rows are combined. A copy is taken to need its bytes' time and one
-trip to memory and back before the first and behind the last (COPY_TRIPS); both would have the launch's own overhead on
-top.
+CTAs start apart, and what else a launch costs. A copy is taken to need its bytes' time and one trip to memory and back
+before the first and behind the last (COPY_TRIPS); both would have the launch's own overhead on top.
 """
 
 from __future__ import annotations

@@ -139,11 +139,13 @@ Step exec_ld(Warp& w, const Instr& i) {
   const auto& detail = *static_cast<const AccessDetail*>(i.detail);
   const uint32_t* slots = w.program->slot_lists.data() + i.list;
   Touches touches(w, false, detail.strong);
+  uint64_t counted = 0;  // neighbouring lanes that read the same of global memory are one request
   for_lanes(w, [&](uint32_t l) {
     const Place place = place_of(w, i, detail, l);
     const uint8_t* at = host_address(w, place, detail, false, l);
     touches.add(place, detail.bytes(), l);
-    count(w, place.space, false, detail.bytes());
+    if (place.space != Space::global || place.address != counted) count(w, place.space, false, detail.bytes());
+    counted = place.address;
     for (uint32_t e = 0; e < detail.elements; ++e) {
       const uint8_t* element = at + e * detail.element_bytes;
       // the list holds pairs: slot, width of the register in bytes (list_values)
