@@ -459,16 +459,22 @@ class Decode:
         while op.plan.more(walk):
             segment = op.plan.segment(walk)
             if op.plan.tiles(segment) > 0:
-                keys, window = self._keys(op, segment), Window(Int32(-1), Int32(0))
+                keys, none = self._keys(op, segment), Window(Int32(-1), Int32(0))
+                window = self._page_window(op.k, segment, keys, op.plan.n_block(segment, Int32(0)), none)
+                # The second look is at the first tile, the third at the last one's neighbour.
+                first_window = self._page_window(op.k, segment, keys, segment.oldest, none) if self.sparse else none
                 for look in cutlass.range(op.plan.looks(segment), unroll=1):
                     n_block = op.plan.n_block(segment, look)
-                    window = self._page_window(op.k, segment, keys, n_block, window)
+                    pages = first_window
+                    if not self.sparse or look != 1:
+                        window = self._page_window(op.k, segment, keys, n_block, window)
+                        pages = window
                     for piece in cutlass.range_constexpr(self.config.k_pieces):
                         with span("load K"):
                             pipes.k.acquire(cursor)
                             pipes.k.expect(cursor, self.config.k_slot_bytes)
                             self._load_tile(
-                                op.k_atom, op.k, tiles.sK_strips, pipes.k, cursor, segment, n_block, window, piece
+                                op.k_atom, op.k, tiles.sK_strips, pipes.k, cursor, segment, n_block, pages, piece
                             )
                         cursor = pipes.k.advanced(cursor)
             walk = op.plan.next(walk)
