@@ -27,13 +27,14 @@ ELEMENT_BYTES = 2
 SLICE_REGISTERS = REGISTER_FILE // WARPGROUP_THREADS  # one thread of every warpgroup: what setmaxnreg deals out
 REGISTERS_STEP = 8
 # Registers of a producer thread by consumer warpgroups. With 24, it would spill (ptxas 13.0), with 32 and packed
-# sequences it may; three warpgroups leave it more where their accumulators let them. Of 69 kernels with softcap, sinks,
-# LSE and counts (d64 to d256, every mask, packed or not), three spill, dense and causal: d64 24 bytes packed, else 16,
-# d96 32 if not packed.
+# sequences it may; three warpgroups leave it more where their accumulators let them. Of 240 kernels with softcap (d32
+# to d256, every mask, packed or not, dense or not, with sinks, LSE and counts or without), two spill, dense, causal and
+# packed with all three: d64 8 bytes, d32 16.
 PRODUCER_REGISTERS = {2: (40,), 3: (56, 32)}
 # Registers beside the accumulators, by the producer's: descriptors, softmax and loop state (as ptxas 13.0 needs them).
 OTHER_REGISTERS = {40: 32, 56: 28, 32: 32}
 BAND_REGISTERS = 12  # for both bounds of a band
+SOFTCAP_REGISTERS = 12  # for tanh; with 8, packed causal threshold kernels spill at d96
 
 MMA_FLOP_PER_CYCLE = 4096
 EXP_PER_CYCLE = 16
@@ -177,6 +178,8 @@ def fits(problem: Problem, config: Config) -> bool:
     registers = accumulator_registers(problem, config) + OTHER_REGISTERS[config.producer_registers]
     if problem.mask == "band":
         registers += BAND_REGISTERS
+    if problem.softcap:
+        registers += SOFTCAP_REGISTERS
     return registers <= config.consumer_registers and shared_bytes(problem, config) <= SHARED_BYTES
 
 

@@ -63,7 +63,6 @@ SUPPORTS = frozenset(
 DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 TILE_SLOTS = 2  # work tiles in flight between the producer and the consumers
 SKIP_MAP_KEPT, SKIP_MAP_SKIPPED = 1, 2
-CAP_AT_ONCE = 16  # scores of a thread (ptxas 13.0: with 32, full threshold kernels with head dim 64 spill)
 
 
 class NamedBarrier(IntEnum):
@@ -856,7 +855,8 @@ class HopperPrefill:
         """
         tanh_scale = consumer.operands.scale.tanh_scale
         if const_expr(tanh_scale is not None):
-            self._cap(acc_S, tanh_scale)
+            for i in cutlass.range(cute.size(acc_S), unroll_full=True):
+                acc_S[i] = tanh(acc_S[i] * tanh_scale)
         if const_expr(may_hide):
             band = consumer.work.band
             whole = band.whole(self._first_row(consumer), WARPGROUP_ROWS)
@@ -865,14 +865,6 @@ class HopperPrefill:
             if const_expr(band.has_left):
                 if n_block < whole.begin:
                     self._hide(consumer, acc_S, n_block, "left")
-
-    def _cap(self, acc_S: cute.Tensor, tanh_scale) -> None:
-        """Softcap, CAP_AT_ONCE scores after the other: all at once, ptxas would interleave them and spill. (With both
-        factors of 2^x made one, 6% less instructions, ptxas spills in causal kernels instead.)"""
-        for i in range(cute.size(acc_S)):
-            acc_S[i] = tanh(acc_S[i] * tanh_scale)
-            if i % CAP_AT_ONCE == CAP_AT_ONCE - 1:
-                cute.arch.sync_warp()
 
     def _hide(self, consumer: Consumer, acc_S: cute.Tensor, n_block, edge: str) -> None:
         scores = wgmma.by_rows(acc_S)
