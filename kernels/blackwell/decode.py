@@ -188,7 +188,7 @@ class Decode:
 
     Roles (16 warps, three of them idle; registers after setmaxnreg in `Config`)
       load_q      a warp: the rows of Q by vector loads, into the swizzled tile that the MMA reads
-      load_k      a warp: K by TMA, as far ahead as the ring goes
+      load_k      a warp: where the CTA begins; K by TMA, as far ahead as the ring goes
       load_v      a warp: V by TMA; with a threshold, of kept tiles, as soon as they are known
       score_mma   a warp, one elected thread: S = Q K^T, as far ahead as there are buffers of S
       softmax     a warpgroup: S -> maximum, vote, P, row sum. It never waits for V
@@ -233,8 +233,8 @@ class Decode:
       1 part   1130 to 1145; 947 to 1002, the softmax's, of which 512 are exponentials
     Head dim 64 (565 for K and V): 4 parts 565, 2 parts 628, 1 part 947, more than their bytes.
     At nothing skipped a CTA takes up to 750 clocks more than the dense kernel, however many tiles it has, and 3200 at
-    head dim 256, whose ring of K is full of the seeds at first. With pages it takes 1300 more (head dim 64): the first
-    tile's pages are wanted between the last one's and its neighbour's, and load_k waits for the table three times.
+    head dim 256, whose ring of K is full of the seeds at first. The first K is asked for some 1500 clocks after a CTA's
+    start, with pages 2100: a trip to global memory for the lengths, and one for the page table.
     Warp instructions per tile with 4 parts: at most 170 of a softmax warp (with a threshold 195), 64 of score_mma, 80
     of value_mma, 40 of each load warp (42 of load_k and 56 of load_v with a threshold).
     """

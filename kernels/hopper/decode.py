@@ -148,7 +148,7 @@ class HopperDecode:
     """The kernel of one (problem, config).
 
     Roles
-      load_k  warp 0: K tiles by TMA, as far ahead as the ring goes
+      load_k  warp 0: where the CTA begins; K tiles by TMA, as far ahead as the ring goes
       load_v  warp 1: V tiles by TMA; with a threshold, each once its tile is known to be kept, and else never
       load_q  warps 2, 3: the packed rows of Q, by 16-byte copies
       score   warpgroup 1: S = Q K^T, the decision, P. It never waits for V
@@ -186,8 +186,8 @@ class HopperDecode:
 
     At nothing skipped a CTA takes 400 clocks more than the dense kernel, with pages 680, however many tiles it has: the
     seeds' scores, whose K other CTAs have brought to L2. Were it from memory, the seeds' K would take 1725 more.
-    A skipped tile costs the scores about 270 clocks, and the memory 890 for its K. The first K is asked for some 1900
-    clocks after a CTA's start, with pages 2250: a trip to global memory for the lengths, and one for the page table.
+    A skipped tile costs the scores about 270 clocks, and the memory 890 for its K. The first K is asked for some 1450
+    clocks after a CTA's start, with pages 1900: a trip to global memory for the lengths, and one for the page table.
 
     Tried
       Decisions in a ring of their own, eight deep, with a cursor of its own: 13 instructions more per tile.
