@@ -27,14 +27,12 @@ ELEMENT_BYTES = 2
 SLICE_REGISTERS = REGISTER_FILE // WARPGROUP_THREADS  # one thread of every warpgroup: what setmaxnreg deals out
 REGISTERS_STEP = 8
 # Registers of a producer thread by consumer warpgroups. With 24, it would spill (ptxas 13.0), with 32 and packed
-# sequences it may; three warpgroups leave it more where their accumulators let them. Of 240 kernels with softcap (d32
-# to d256, every mask, packed or not, dense or not, with sinks, LSE and counts or without), two spill, dense, causal and
-# packed with all three: d64 8 bytes, d32 16.
+# sequences it may; three warpgroups leave it more where their accumulators let them. Of 144 kernels with softcap (d32
+# to d128, 192/128, every mask, packed or not, dense or not, with sinks, LSE and counts or without) none spills.
 PRODUCER_REGISTERS = {2: (40,), 3: (56, 32)}
 # Registers beside the accumulators, by the producer's: descriptors, softmax and loop state (as ptxas 13.0 needs them).
 OTHER_REGISTERS = {40: 32, 56: 28, 32: 32}
 BAND_REGISTERS = 12  # for both bounds of a band
-SOFTCAP_REGISTERS = 12  # for tanh; with 8, packed causal threshold kernels spill at d96
 
 MMA_FLOP_PER_CYCLE = 4096
 EXP_PER_CYCLE = 16
@@ -61,6 +59,9 @@ SPARSE_MIN_TILE_N = {2: 64, 3: 80}  # where V of skipped tiles is loaded, what 1
 BAND_MIN_TILE_N = 64
 TILE_N_MAX = 176
 BOUNDED_TILE_N_MAX = 128  # of a wider tile, a mask hides more, and a threshold skips it less often
+# By columns of O, for three warpgroups with softcap, whose tanh takes registers: ptxas 13.0 spills with 128 at d64 and
+# with 96 at d96 (dense and causal, or a threshold and a full mask).
+SOFTCAP_TILE_N_MAX = ((64, 112), (None, 80))
 WIDE_HEAD_TILE_N_MAX = 80  # head_dim_v above 192: at 96, ptxas 13.0 spills
 
 
@@ -150,7 +151,7 @@ def candidates(problem: Problem) -> list[Config]:
         narrowest = (SPARSE_MIN_TILE_N if problem.sparsity else MIN_TILE_N)[warpgroups]
         if problem.mask == "band":
             narrowest = BAND_MIN_TILE_N
-        for tile_n in range(widest, narrowest - 1, -16):
+        for tile_n in range(min(widest, _widest_capped(problem, warpgroups)), narrowest - 1, -16):
             tiles = Config(warpgroups, tile_n, first_early=first_early)
             tiles = replace(tiles, own_ranges=_ranges_differ(problem, tiles))
             rooms = [replace(tiles, out_aliases_q=shares) for shares in (False, True)]
@@ -167,6 +168,12 @@ def candidates(problem: Problem) -> list[Config]:
     return found
 
 
+def _widest_capped(problem: Problem, warpgroups: int) -> int:
+    if not problem.softcap or warpgroups < 3:
+        return TILE_N_MAX
+    return next(tile_n for most, tile_n in SOFTCAP_TILE_N_MAX if most is None or padded(problem.head_dim_v) <= most)
+
+
 def _ranges_differ(problem: Problem, config: Config) -> bool:
     """Whether the warpgroups of a CTA see different KV tiles. At the edge of a causal mask they usually do not if a KV
     tile is as wide as the CTA's rows are many; then what it takes to tell them apart is saved."""
@@ -178,8 +185,6 @@ def fits(problem: Problem, config: Config) -> bool:
     registers = accumulator_registers(problem, config) + OTHER_REGISTERS[config.producer_registers]
     if problem.mask == "band":
         registers += BAND_REGISTERS
-    if problem.softcap:
-        registers += SOFTCAP_REGISTERS
     return registers <= config.consumer_registers and shared_bytes(problem, config) <= SHARED_BYTES
 
 
