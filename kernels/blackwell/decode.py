@@ -175,14 +175,6 @@ class Event(NamedTuple):
     end_key: Any
 
 
-class Operand(NamedTuple):
-    """Descriptors of one operand in shared memory."""
-
-    first: Any  # of the first instruction, slot 0
-    steps: Any  # per instruction, what to add
-    slot_stride: Any
-
-
 class Decode:
     """The kernel of one (problem, config).
 
@@ -574,7 +566,7 @@ class Decode:
         """S = Q K^T of every tile."""
         plan, pieces = self.config.tmem, self.config.k_pieces
         steps_of_piece = self.steps_k // pieces
-        q, k = _operand(op.mma_s.make_fragment_A(tiles.sQ)), _operand(op.mma_s.make_fragment_B(tiles.sK))
+        q, k = umma.operand(op.mma_s.make_fragment_A(tiles.sQ)), umma.operand(op.mma_s.make_fragment_B(tiles.sK))
         q_cursor, k_cursor, s_cursor = consumer_cursor(), consumer_cursor(), producer_cursor()
         walk = op.plan.first(tiles.sWalk)
         while op.plan.more(walk):
@@ -589,7 +581,7 @@ class Decode:
                         tmem.fence_after_sync()
                         with cute.arch.elect_one():
                             scores = base + plan.scores + s_cursor.index * plan.scores_stride
-                            k_first = k.first + Int64(k_cursor.index * k.slot_stride)
+                            k_first = k.of_slot(k_cursor.index)
                             q_first = umma.opaque(q.first)
                             for step in cutlass.range_constexpr(steps_of_piece):
                                 of_q = piece * steps_of_piece + step
@@ -611,7 +603,7 @@ class Decode:
     def multiply_values(self, op: Operands, pipes: Pipes, tiles: Tiles, base: cutlass.Constexpr[int]):
         """O += P V of kept tiles."""
         config, plan = self.config, self.config.tmem
-        v = _operand(op.mma_o.make_fragment_B(tiles.sV))
+        v = umma.operand(op.mma_o.make_fragment_B(tiles.sV))
         p_cursor, v_cursor, event_parity = consumer_cursor(), consumer_cursor(), Int32(0)
         # Lanes of other quarters of the keys, and of the other half, are not updated.
         other_quarters = cutlass.select_(op.parts == 4, Int32(-1), Int32(0))
@@ -636,7 +628,7 @@ class Decode:
                         event_parity = event_parity ^ 1
                     with cute.arch.elect_one():
                         probabilities = base + plan.probabilities + p_cursor.index * plan.probabilities_stride
-                        v_first = v.first + Int64(v_cursor.index * v.slot_stride)
+                        v_first = v.of_slot(v_cursor.index)
                         for step in cutlass.range_constexpr(self.steps_v):
                             p_step = probabilities + step * umma.INSTRUCTION_K // 2  # two elements of P a column
                             # A step that is the first of its own lanes does not accumulate at a segment's beginning.
@@ -1257,13 +1249,6 @@ def _shared_words(address) -> cute.Tensor:
 def _global_words(address) -> cute.Tensor:
     """16 bytes of global memory."""
     return _words(address, cute.AddressSpace.gmem)
-
-
-def _operand(fragment: cute.Tensor) -> Operand:
-    """Descriptors of a fragment (MMA, MMA_MN, MMA_K, slot) with one instruction along MN."""
-    layout = fragment.layout
-    steps = [cute.crd2idx((0, 0, step, 0), layout) for step in range(cute.size(layout, mode=[2]))]
-    return Operand(umma.descriptor(fragment), steps, cute.crd2idx((0, 0, 0, 1), layout))
 
 
 @dsl_user_op
